@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batched SLIC superpixels (Achanta et al., 2012) in dense tensor operations.
+
+SLIC is k-means over colour and position, each pixel compared only with the centres near it. Here the image is
+cut into square cells, one centre starts in each, and a pixel is compared with the centres of its own cell and
+the eight around it. That makes both halves of k-means dense: the comparison is one matrix product per cell, and
+a centre's new value is a sum over its nine cells, collected by shifting. Nothing is scattered, nothing waits
+for the host, and the graph exports.
+"""
+
+import math
+
+import torch
+from kornia.color import rgb_to_lab
+from torch import nn
+from torch.nn import functional
+
+__all__ = ["Slic", "slic"]
+
+# A centre that does not exist (beyond the image) sits so far away that no pixel chooses it.
+_FAR = 1.0e4
+_OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
+
+
+def slic(
+    image: torch.Tensor,
+    n_segments: int | None = None,
+    *,
+    segment_size: int | None = None,
+    compactness: float = 10.0,
+    num_iterations: int = 5,
+) -> torch.Tensor:
+    """Segment images into superpixels.
+
+    Distances are those of scikit-image: CIELAB colour distance over ``compactness``, plus distance in the plane
+    over the segment size. Unlike scikit-image's default, connectivity is not enforced: a segment is compact, but
+    a few of its pixels may be islands.
+
+    Args:
+        image: RGB or grey images ``(B, C, H, W)`` or ``(C, H, W)``, ``C`` 1 or 3, floating point in [0, 1].
+        n_segments: Wanted number of segments per image; the outcome is close to it, as in scikit-image.
+            Give either this or ``segment_size``; with neither, 100.
+        segment_size: Wanted side of a segment in pixels.
+        compactness: Weight of position against colour; 10 suits most images.
+        num_iterations: Rounds of k-means.
+
+    Returns:
+        Labels, int64, ``(B, H, W)`` or ``(H, W)``: per image, every number from 0 to the highest is in use.
+
+    Raises:
+        TypeError: If the image is not a floating-point tensor.
+        ValueError: If the shape, the number or size of segments, the compactness or the number of iterations is
+            out of range.
+
+    Example:
+        >>> labels = slic(torch.rand(2, 3, 64, 48), segment_size=16)
+        >>> labels.shape
+        torch.Size([2, 64, 48])
+    """
+    _check_image(image)
+    batched = image.ndim == 4
+    images = image if batched else image.unsqueeze(0)
+    height, width = images.shape[-2:]
+    size = _resolve_segment_size(height, width, n_segments, segment_size)
+    if not compactness > 0:
+        msg = f"compactness must be above 0, got {compactness}."
+        raise ValueError(msg)
+    if num_iterations < 0:
+        msg = f"num_iterations must be 0 or more, got {num_iterations}."
+        raise ValueError(msg)
+    labels = _dense_labels(_segment(images, size, compactness, num_iterations), _grid(height, width, size))
+    return labels if batched else labels.squeeze(0)
+
+
+class Slic(nn.Module):
+    """Module form of :func:`slic` with a fixed segment size.
+
+    Args:
+        segment_size: Side of a segment in pixels.
+        compactness: Weight of position against colour.
+        num_iterations: Rounds of k-means.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> Slic(segment_size=16)(torch.rand(2, 3, 64, 48)).shape
+        torch.Size([2, 64, 48])
+    """
+
+    def __init__(self, segment_size: int = 16, compactness: float = 10.0, num_iterations: int = 5) -> None:
+        super().__init__()
+        if segment_size < 2:
+            msg = f"segment_size must be at least 2 pixels, got {segment_size}."
+            raise ValueError(msg)
+        if not compactness > 0:
+            msg = f"compactness must be above 0, got {compactness}."
+            raise ValueError(msg)
+        if num_iterations < 0:
+            msg = f"num_iterations must be 0 or more, got {num_iterations}."
+            raise ValueError(msg)
+        self.segment_size = segment_size
+        self.compactness = compactness
+        self.num_iterations = num_iterations
+
+    def max_segments(self, height: int, width: int) -> int:
+        """Upper bound of the number of segments of an image of this height and width in pixels."""
+        rows, columns = _grid(height, width, self.segment_size)
+        return rows * columns
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Segment images ``(B, C, H, W)`` in [0, 1] into labels ``(B, H, W)``, int64. See :func:`slic`."""
+        return slic(
+            images,
+            segment_size=self.segment_size,
+            compactness=self.compactness,
+            num_iterations=self.num_iterations,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings in ``print(model)``."""
+        return f"segment_size={self.segment_size}, compactness={self.compactness}, iterations={self.num_iterations}"
+
+
+def _check_image(image: torch.Tensor) -> None:
+    if not image.is_floating_point():
+        msg = f"image must be floating point in [0, 1], got {image.dtype}; divide integers by their maximum first."
+        raise TypeError(msg)
+    if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
+        msg = f"image must be (B, C, H, W) or (C, H, W) with 1 or 3 channels, got shape {tuple(image.shape)}."
+        raise ValueError(msg)
+
+
+def _resolve_segment_size(height: int, width: int, n_segments: int | None, segment_size: int | None) -> int:
+    if n_segments is not None and segment_size is not None:
+        msg = f"Give n_segments or segment_size, not both (got {n_segments} and {segment_size})."
+        raise ValueError(msg)
+    if segment_size is None:
+        n_segments = 100 if n_segments is None else n_segments
+        if n_segments < 1:
+            msg = f"n_segments must be at least 1, got {n_segments}."
+            raise ValueError(msg)
+        return max(1, round(math.sqrt(height * width / n_segments)))
+    # Sizes are symbols while the model is traced for export, where a comparison would freeze them.
+    if not torch.compiler.is_compiling() and not 1 <= segment_size <= max(height, width):
+        msg = f"segment_size must be between 1 and the longer image side {max(height, width)}, got {segment_size}."
+        raise ValueError(msg)
+    return segment_size
+
+
+def _grid(height: int, width: int, size: int) -> tuple[int, int]:
+    """Rows and columns of cells that cover an image."""
+    return (height + size - 1) // size, (width + size - 1) // size
+
+
+def _segment(images: torch.Tensor, size: int, compactness: float, num_iterations: int) -> torch.Tensor:
+    """Label every pixel with the cell whose centre it belongs to: ``(B, H, W)`` int64, numbers may be missing."""
+    batch, _, height, width = images.shape
+    rows, columns = _grid(height, width, size)
+    top, left = (rows * size - height) // 2, (columns * size - width) // 2
+    bottom, right = rows * size - height - top, columns * size - width - left
+
+    features = functional.pad(_features(images, size, compactness), (left, right, top, bottom), mode="replicate")
+    inside = functional.pad(torch.ones_like(features[:, :1, :height, :width]), (left, right, top, bottom))
+    # The last channel carries each pixel's weight, so one product yields sums and counts together.
+    cells = _to_cells(torch.cat([features * inside, inside], dim=1), rows, columns, size)
+    centres = _mean(cells.sum(dim=-1).reshape(batch, rows, columns, -1))
+
+    # Centres move on every second pixel of every second row: a quarter of the work, the same means.
+    stride = 2 if size >= 8 else 1
+    sparse = cells.reshape(*cells.shape[:2], size, size)[:, :, ::stride, ::stride].flatten(2)
+    for _ in range(num_iterations):
+        distance = _distances(sparse[:, :-1], centres)
+        # A pixel halfway between two centres counts for both: no index, no one-hot.
+        member = (distance == distance.amin(dim=1, keepdim=True)).to(sparse.dtype)
+        sums = torch.bmm(member, sparse.transpose(1, 2)).reshape(batch, rows, columns, 9, -1)
+        centres = _collect(sums, centres)
+
+    offsets = torch.tensor([dy for dy, _ in _OFFSETS], device=images.device) * columns
+    offsets = offsets + torch.tensor([dx for _, dx in _OFFSETS], device=images.device)
+    home = torch.arange(rows * columns, device=images.device).repeat(batch).unsqueeze(1)
+    padded = _to_cells(features, rows, columns, size)
+    # min() with indices is several times faster than argmin() over a strided dimension on a CPU.
+    labels = home + offsets[_distances(padded, centres).min(dim=1).indices]
+    labels = labels.reshape(batch, rows, columns, size, size).transpose(2, 3)
+    labels = labels.reshape(batch, rows * size, columns * size)
+    return labels[:, top : top + height, left : left + width]
+
+
+def _features(images: torch.Tensor, size: int, compactness: float) -> torch.Tensor:
+    """CIELAB over compactness and position over segment size, ``(B, 5, H, W)`` float32."""
+    height, width = images.shape[-2:]
+    images = images.float().expand(-1, 3, -1, -1)
+    y = (torch.arange(height, device=images.device, dtype=torch.float32) / size).view(1, 1, height, 1)
+    x = (torch.arange(width, device=images.device, dtype=torch.float32) / size).view(1, 1, 1, width)
+    shape = (images.shape[0], 1, height, width)
+    return torch.cat([rgb_to_lab(images) / compactness, y.expand(shape), x.expand(shape)], dim=1)
+
+
+def _to_cells(values: torch.Tensor, rows: int, columns: int, size: int) -> torch.Tensor:
+    """Regroup ``(B, C, rows * size, columns * size)`` by cell: ``(B * rows * columns, C, size * size)``."""
+    batch, channels = values.shape[:2]
+    values = values.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
+    return values.reshape(batch * rows * columns, channels, size * size)
+
+
+def _mean(sums: torch.Tensor) -> torch.Tensor:
+    """Means from sums ``(..., C + 1)`` whose last entry is the count."""
+    return sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
+
+
+def _neighbours(centres: torch.Tensor) -> torch.Tensor:
+    """The nine centres that compete for each cell, ``(B * rows * columns, 9, C)``."""
+    rows, columns = centres.shape[1:3]
+    padded = functional.pad(centres, (0, 0, 1, 1, 1, 1), value=_FAR)
+    views = [padded[:, 1 + dy : 1 + dy + rows, 1 + dx : 1 + dx + columns] for dy, dx in _OFFSETS]
+    return torch.stack(views, dim=3).flatten(0, 2)
+
+
+def _distances(cells: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Squared distance of each pixel to its nine centres, ``(B * rows * columns, 9, size * size)``.
+
+    It lacks the pixel's own square, which is the same for all nine.
+    """
+    near = _neighbours(centres)
+    return torch.baddbmm(near.square().sum(dim=-1, keepdim=True), near, cells, alpha=-2.0)
+
+
+def _collect(sums: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Add up each centre's share in its nine cells and move the centre to the mean; without pixels it stays."""
+    rows, columns = centres.shape[1:3]
+    padded = functional.pad(sums, (0, 0, 0, 0, 1, 1, 1, 1))
+    total = torch.zeros_like(sums[:, :, :, 0])
+    for k, (dy, dx) in enumerate(_OFFSETS):
+        total = total + padded[:, 1 - dy : 1 - dy + rows, 1 - dx : 1 - dx + columns, k]
+    return torch.where(total[..., -1:] > 0, _mean(total), centres)
+
+
+def _dense_labels(labels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Renumber so that every number from 0 up is in use in each image."""
+    flat = labels.flatten(1)
+    used = torch.zeros(labels.shape[0], grid[0] * grid[1], dtype=torch.int64, device=labels.device)
+    used = used.scatter(1, flat, torch.ones_like(flat))
+    return (used.cumsum(dim=1) - 1).gather(1, flat).reshape(labels.shape)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two-stage model: two segmentation networks with the superpixels of the input between them."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn import functional
+
+from .refiner import SuperpixelRefiner
+from .slic import Slic
+from .unet import UNet
+
+__all__ = ["VARIANTS", "StageMaps", "TwoStageSuperpixelModel", "Variant", "two_stage_superpixel_model"]
+
+
+class StageMaps(NamedTuple):
+    """Everything between the image and the final map, for training, figures and ablations.
+
+    Attributes:
+        stage_one_logits: ``(B, 1, H, W)``, unbounded.
+        stage_one_map: ``(B, 1, H, W)`` float32 in [0, 1].
+        labels: Superpixel labels ``(B, H, W)`` int64.
+        pooled_map: Stage one's map averaged over each superpixel, ``(B, 1, H, W)`` float32 in [0, 1].
+        selected: 1 where a superpixel was selected, ``(B, 1, H, W)`` float32.
+        refined_image: The image where selected, zero elsewhere, ``(B, C, H, W)``.
+        stage_two_logits: What stage two's loss is taken on, ``(B, 1, H, W)``; ``None`` before stage two.
+        anomaly_map: The final map, ``(B, 1, H, W)`` float32 in [0, 1].
+    """
+
+    stage_one_logits: torch.Tensor
+    stage_one_map: torch.Tensor
+    labels: torch.Tensor
+    pooled_map: torch.Tensor
+    selected: torch.Tensor
+    refined_image: torch.Tensor
+    stage_two_logits: torch.Tensor | None
+    anomaly_map: torch.Tensor
+
+
+class TwoStageSuperpixelModel(nn.Module):
+    """Stage one, superpixel refinement, stage two.
+
+    The parts are passed in. Two gates tie them together:
+
+    * ``"hard"``, as published: stage two sees the refined image alone and draws the map; outside the selected
+      superpixels the map is zero.
+    * ``"residual"``: stage two sees the image, stage one's map and its superpixel average, and its output is
+      added to the logit of those two maps' mean inside the selected superpixels. Outside them stage one's ranking
+      stands, where the hard gate would tie every missed pixel at zero. Where nothing is selected, stage two has
+      no say.
+
+    Until stage two has begun to learn (:attr:`stage` is 1) the map is stage one's alone: its map for the hard gate,
+    the mean of it and its superpixel average for the residual one.
+
+    Args:
+        stage_one: Network from images to logits.
+        slic: Superpixels of the images.
+        refiner: Selects superpixels.
+        stage_two: Network to logits, from the refined image (``"hard"``) or from image and two maps
+            (``"residual"``, two channels more).
+        gate: How stage two's output enters the map.
+
+    Raises:
+        ValueError: If ``gate`` is unknown.
+
+    Example:
+        >>> model = two_stage_superpixel_model("small").eval()
+        >>> model(torch.rand(2, 3, 128, 96)).anomaly_map.shape
+        torch.Size([2, 1, 128, 96])
+    """
+
+    stage_one: UNet
+    slic: Slic
+    refiner: SuperpixelRefiner
+    stage_two: UNet
+
+    # The image score is the highest mean over a window of this many pixels: one bright pixel is noise.
+    score_window = 7
+    # Stage two may move a logit by no more than this: enough to settle a doubt, too little to overrule certainty.
+    reach = 4.0
+
+    def __init__(
+        self,
+        stage_one: UNet,
+        slic: Slic,
+        refiner: SuperpixelRefiner,
+        stage_two: UNet,
+        gate: Literal["hard", "residual"] = "residual",
+    ) -> None:
+        super().__init__()
+        if gate not in ("hard", "residual"):
+            msg = f"gate must be 'hard' or 'residual', got {gate!r}."
+            raise ValueError(msg)
+        self.stage_one = stage_one
+        self.slic = slic
+        self.refiner = refiner
+        self.stage_two = stage_two
+        self.gate = gate
+        self.stage = 1
+
+    def start_stage_two(self) -> None:
+        """Freeze stage one, weights and batch-norm statistics, and let stage two learn and speak."""
+        self.stage = 2
+        self.stage_one.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TwoStageSuperpixelModel":
+        """Set training mode; stage one stays in evaluation mode once it is frozen."""
+        super().train(mode)
+        if self.stage == 2:
+            self.stage_one.eval()
+        return self
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Carry the stage inside the state dict, as a tensor so that ``weights_only`` loading accepts it."""
+        return torch.tensor(self.stage)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Restore the stage from the state dict."""
+        if int(state) == 2:
+            self.start_stage_two()
+
+    def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
+        """Run the model and keep every intermediate result.
+
+        Args:
+            images: ``(B, C, H, W)`` in [0, 1].
+            stage_one_logits: Logits ``(B, 1, H, W)`` to take for stage one's; by default stage one computes them.
+
+        Returns:
+            See :class:`StageMaps`.
+        """
+        if stage_one_logits is None:
+            stage_one_logits = self.stage_one(images)
+        stage_one_map = stage_one_logits.detach().float().sigmoid()
+        labels = self.slic(images)
+        max_segments = self.slic.max_segments(*images.shape[-2:])
+        refined = self.refiner(images, stage_one_map, labels, max_segments)
+
+        stage_two_logits = None
+        if self.gate == "hard":
+            anomaly_map = stage_one_map
+            if self.stage == 2:
+                stage_two_logits = self.stage_two(refined.image).float()
+                anomaly_map = stage_two_logits.sigmoid() * refined.selected
+        else:
+            anomaly_map = (stage_one_map + refined.pooled) / 2
+            if self.stage == 2:
+                seen = torch.cat([images, stage_one_map.to(images.dtype), refined.pooled.to(images.dtype)], dim=1)
+                correction = self.reach * torch.tanh(self.stage_two(seen).float() / self.reach)
+                stage_two_logits = _logit(anomaly_map) + correction * refined.selected
+                anomaly_map = stage_two_logits.sigmoid()
+        return StageMaps(
+            stage_one_logits=stage_one_logits,
+            stage_one_map=stage_one_map,
+            labels=labels,
+            pooled_map=refined.pooled,
+            selected=refined.selected,
+            refined_image=refined.image,
+            stage_two_logits=stage_two_logits,
+            anomaly_map=anomaly_map,
+        )
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch:
+        """Detect anomalies.
+
+        Args:
+            images: ``(B, C, H, W)`` in [0, 1].
+
+        Returns:
+            ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score`` ``(B,)``, float32 in [0, 1].
+        """
+        anomaly_map = self.stages(images).anomaly_map
+        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Image scores ``(B,)`` of maps ``(B, 1, H, W)``: the highest mean over a small window."""
+        smooth = functional.avg_pool2d(anomaly_map, self.score_window, stride=1, padding=self.score_window // 2)
+        return smooth.amax(dim=(1, 2, 3))
+
+
+def _logit(probability: torch.Tensor) -> torch.Tensor:
+    """Inverse of the sigmoid that still ranks values near zero, where ``torch.logit`` with an epsilon ties them."""
+    probability = probability.clamp(1e-30, 1 - 1e-7)
+    return probability.log() - torch.log1p(-probability)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Shape of a published variant.
+
+    Attributes:
+        widths: Channels of each U-Net level, finest first.
+        stem_stride: 1 for full resolution inside the networks, 2 for half.
+        gate: See :class:`TwoStageSuperpixelModel`.
+        threshold: Selection threshold of the refiner.
+        loss: Loss of both stages.
+    """
+
+    widths: tuple[int, ...]
+    stem_stride: int
+    gate: Literal["hard", "residual"]
+    threshold: float
+    loss: Literal["default", "paper"]
+
+
+VARIANTS = {
+    "default": Variant(widths=(32, 64, 128, 256, 256), stem_stride=2, gate="residual", threshold=0.1, loss="default"),
+    "small": Variant(widths=(16, 32, 64, 128, 128), stem_stride=2, gate="residual", threshold=0.1, loss="default"),
+    "paper": Variant(widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper"),
+}
+
+
+def two_stage_superpixel_model(
+    variant: str = "default",
+    segment_size: int = 16,
+    compactness: float = 10.0,
+    in_channels: int = 3,
+) -> TwoStageSuperpixelModel:
+    """Build a published variant.
+
+    Args:
+        variant: ``"default"``, ``"small"`` (a quarter of the cost) or ``"paper"`` (two networks of DRAEM's
+            discriminative shape, 23.3 M parameters together, with the hard gate).
+        segment_size: Side of a superpixel in pixels.
+        compactness: Compactness of the superpixels; see :func:`~anomalib_twostage.slic.slic`.
+        in_channels: Channels of the images, 1 or 3.
+
+    Returns:
+        The model with fresh weights.
+
+    Raises:
+        ValueError: If the variant is unknown.
+    """
+    if variant not in VARIANTS:
+        msg = f"variant must be one of {sorted(VARIANTS)}, got {variant!r}."
+        raise ValueError(msg)
+    shape = VARIANTS[variant]
+    seen = in_channels if shape.gate == "hard" else in_channels + 2
+    stage_two = UNet(seen, shape.widths, shape.stem_stride)
+    if shape.gate == "residual":
+        # Stage two begins as "change nothing" and never has to relearn what stage one knows.
+        for parameter in stage_two.head.parameters():
+            nn.init.zeros_(parameter)
+    return TwoStageSuperpixelModel(
+        stage_one=UNet(in_channels, shape.widths, shape.stem_stride),
+        slic=Slic(segment_size, compactness),
+        refiner=SuperpixelRefiner(shape.threshold),
+        stage_two=stage_two,
+        gate=shape.gate,
+    )

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random numbers per image, drawn on the device so that nothing waits for the host."""
+
+import math
+
+import torch
+
+__all__ = ["choose", "log_uniform", "uniform"]
+
+
+def uniform(count: int, low: float, high: float, *, device: torch.device) -> torch.Tensor:
+    """Draw ``(count,)`` float32 evenly from ``low`` to ``high``."""
+    return low + (high - low) * torch.rand(count, device=device)
+
+
+def log_uniform(count: int, low: float, high: float, *, device: torch.device) -> torch.Tensor:
+    """Draw ``(count,)`` float32 from ``low`` to ``high``, evenly in the logarithm: every scale alike."""
+    return uniform(count, math.log(low), math.log(high), device=device).exp()
+
+
+def choose(count: int, probability: float, *, device: torch.device) -> torch.Tensor:
+    """Draw ``(count,)`` bool, true with the given probability."""
+    return torch.rand(count, device=device) < probability

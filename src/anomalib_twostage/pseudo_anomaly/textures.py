@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photographs to paint with, decoded once and kept as bytes."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from skimage import data as photographs
+from torchvision.transforms.v2 import functional as transforms
+
+__all__ = ["builtin_textures", "folder_textures"]
+
+logger = logging.getLogger(__name__)
+
+_SIDE = 256
+_MAX_TEXTURES = 512  # 96 MiB
+_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+# In scikit-image's wheel, never downloaded. Its brick, grass and gravel are left out: they are the sample data
+# set, and paint of the same material would be a defect that nobody can see.
+_BUILTIN = ("astronaut", "camera", "chelsea", "coffee", "coins", "hubble_deep_field", "moon", "page", "rocket", "text")
+
+
+def _square(image: torch.Tensor) -> torch.Tensor:
+    """Scale the shorter side of a uint8 image ``(C, H, W)`` to the texture side and crop the centre."""
+    image = transforms.resize(image, [_SIDE], antialias=True)
+    return transforms.center_crop(image, [_SIDE, _SIDE])
+
+
+def builtin_textures() -> torch.Tensor:
+    """Load the photographs that scikit-image ships.
+
+    Returns:
+        uint8 ``(N, 3, 256, 256)``.
+    """
+    images = []
+    for name in _BUILTIN:
+        array = np.asarray(getattr(photographs, name)())
+        image = torch.from_numpy(array.copy())
+        image = image.expand(3, -1, -1) if image.ndim == 2 else image[..., :3].permute(2, 0, 1)
+        images.append(_square(image))
+    return torch.stack(images)
+
+
+def folder_textures(folder: str | Path) -> torch.Tensor:
+    """Load the images of a folder and its subfolders, such as DTD.
+
+    At most 512 are kept, evenly spaced over the sorted names, so that memory stays below 100 MiB.
+
+    Args:
+        folder: Folder to search.
+
+    Returns:
+        uint8 ``(N, 3, 256, 256)``.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or holds no readable image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        msg = f"The texture folder {str(folder)!r} does not exist; give a folder of images or leave it out."
+        raise FileNotFoundError(msg)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if len(paths) > _MAX_TEXTURES:
+        paths = [paths[i * len(paths) // _MAX_TEXTURES] for i in range(_MAX_TEXTURES)]
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                array = np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            logger.warning("Skipping the texture %s, which cannot be read: %s", path, error)
+            continue
+        images.append(_square(torch.from_numpy(array.copy()).permute(2, 0, 1)))
+    if not images:
+        suffixes = ", ".join(sorted(_SUFFIXES))
+        msg = f"The texture folder {str(folder)!r} holds no readable image ({suffixes}); fill it or leave it out."
+        raise FileNotFoundError(msg)
+    return torch.stack(images)

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-stage superpixel anomaly detection.
+
+Stage one, a segmentation network, learns from pseudo-anomalies painted on good images. SLIC superpixels of the
+input turn its noisy map into whole patches. Stage two learns on those patches, after stage one is finished.
+
+Paper: Shah Rizwan Ali and HyungWon Kim, "Enhancement of Anomaly Detection Using Two-Stage Anomaly Segmentation
+Model", EasyChair preprint, 2022.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch, ImageBatch
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.metrics import AUPR, Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import Normalize, Resize
+
+from .loss import PaperLoss, SegmentationLoss
+from .pseudo_anomaly import PseudoAnomaly, PseudoAnomalyTransform, imitate_faults
+from .torch_model import VARIANTS, TwoStageSuperpixelModel, two_stage_superpixel_model
+
+__all__ = ["TwoStageSuperpixel"]
+
+_LOSSES: dict[str, type[nn.Module]] = {"default": SegmentationLoss, "paper": PaperLoss}
+_WARM_UP = 0.05  # share of each stage's steps over which the learning rate rises
+_DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
+_FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
+_OVERSHOOT = 0.1  # resizing may leave [0, 1] by this much; normalised images leave it by more
+
+
+class TwoStageSuperpixel(AnomalibModule):
+    """Two-stage superpixel anomaly detection.
+
+    The first ``stage_one_fraction`` of the run's optimiser steps trains stage one, the rest stage two with stage
+    one frozen. The run's length is whatever the trainer is told (``max_epochs``, ``max_steps``, limited batches,
+    accumulated gradients). Training images come either painted, from a datamodule with one of this package's
+    painters (or any other that fills the mask) among its ``train_augmentations``, or clean, and are then painted
+    here, on the training device.
+
+    Args:
+        variant: ``"default"``; ``"small"``, a quarter of its cost; or ``"paper"``, as published: networks of
+            DRAEM's discriminative shape, published loss, hard gate.
+        loss: ``"default"`` (cross-entropy and Dice) or ``"paper"`` (squared error and SSIM, equation 4);
+            ``None`` takes the variant's own.
+        segment_size: Side of a superpixel in pixels of the resized image.
+        compactness: Weight of position against colour in SLIC.
+        stage_one_fraction: Share of the optimiser steps for stage one, in (0, 1).
+        learning_rate: Peak learning rate of both stages.
+        paint_probability: Share of training images that are painted, in (0, 1].
+        texture_dir: Folder of images to paint with, such as DTD, instead of scikit-image's photographs.
+        pre_processor: Pre-processor, or a flag for the default (resize to 256 x 256, no normalisation).
+        post_processor: Post-processor, or a flag for the default.
+        evaluator: Evaluator, or a flag for the default: anomalib's metrics and pixel AUPR.
+        visualizer: Visualizer, or a flag for the default.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib_twostage import SampleTextures, TwoStageSuperpixel
+        >>> model = TwoStageSuperpixel(variant="small")
+        >>> Engine(max_steps=400).train(model, datamodule=SampleTextures(category="brick"))  # doctest: +SKIP
+    """
+
+    model: TwoStageSuperpixelModel
+
+    def __init__(
+        self,
+        variant: Literal["default", "small", "paper"] = "default",
+        loss: Literal["default", "paper"] | None = None,
+        segment_size: int = 16,
+        compactness: float = 10.0,
+        stage_one_fraction: float = 0.7,
+        learning_rate: float = 1e-3,
+        paint_probability: float = 0.7,
+        texture_dir: str | Path | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self._check_fraction("stage_one_fraction", stage_one_fraction, include_one=False)
+        self._check_fraction("paint_probability", paint_probability, include_one=True)
+        if not learning_rate > 0:
+            msg = f"learning_rate must be above 0, got {learning_rate}."
+            raise ValueError(msg)
+        self.model = two_stage_superpixel_model(variant, segment_size, compactness)
+        loss = loss or VARIANTS[variant].loss
+        if loss not in _LOSSES:
+            msg = f"loss must be one of {sorted(_LOSSES)}, got {loss!r}."
+            raise ValueError(msg)
+        self.loss = _LOSSES[loss]()
+        self.variant = variant
+        self.stage_one_fraction = stage_one_fraction
+        self.learning_rate = learning_rate
+        self.paint_probability = paint_probability
+        self.texture_dir = texture_dir
+        # Made when training begins, dropped when it ends: no paint in checkpoints and exports, and a trained model
+        # loads where the texture folder does not exist.
+        self.painter: PseudoAnomalyTransform | None = None
+        self._images_come_painted = False
+        self._random_state: dict[str, Any] | None = None
+        self._seen_paths: set[str] = set()
+        if self.input_size is not None:
+            self._check_size(*self.input_size)
+
+    def setup(self, stage: str) -> None:
+        """Check the pre-processor, and make the painter before training.
+
+        Raises:
+            ValueError: If the pre-processor normalises or resizes to too small a size.
+            FileNotFoundError: If the texture folder is missing or empty.
+        """
+        if self.pre_processor:
+            if extract_transforms_by_type(self.pre_processor.transform, Normalize):
+                msg = "TwoStageSuperpixel reads images in [0, 1]: take Normalize out of the pre-processor."
+                raise ValueError(msg)
+            if self.input_size is not None:
+                self._check_size(*self.input_size)
+        if stage == "fit":
+            self.painter = PseudoAnomaly(probability=self.paint_probability, texture_dir=self.texture_dir)
+
+    def teardown(self, stage: str) -> None:
+        """Drop the painter after training."""
+        if stage == "fit":
+            self.painter = None
+
+    def on_train_start(self) -> None:
+        """See whether the datamodule paints."""
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        augmentations = getattr(dataset, "augmentations", None)
+        self._images_come_painted = bool(extract_transforms_by_type(augmentations, PseudoAnomalyTransform))
+
+    def on_fit_start(self) -> None:
+        """Continue the random numbers of a resumed run, if the optimiser was configured elsewhere."""
+        self._continue_random_state()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start stage two when stage one has had its share of the steps."""
+        del batch, batch_idx
+        if self.model.stage == 1 and self.trainer.global_step >= self._budget()[0]:
+            self.model.start_stage_two()
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Paint if need be, and train the stage whose turn it is.
+
+        Args:
+            batch: Training images ``(B, 3, H, W)`` in [0, 1], and their masks if they come painted.
+            args: Unused.
+            kwargs: Unused.
+
+        Returns:
+            The loss.
+
+        Raises:
+            ValueError: If the images hold NaN, are not in [0, 1], or come from files of more than 8 bits a channel.
+        """
+        del args, kwargs
+        self._check_batch(batch)
+        images, mask = self._painted(batch)
+        if self.model.stage == 1:
+            loss = self.loss(self.model.stage_one(images), mask)
+        else:
+            logits = imitate_faults(self.model.stage_one(images).float())
+            loss = self.loss(self.model.stages(images, logits).stage_two_logits, mask)
+        self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, logger=True, batch_size=len(images))
+        self.log("stage", float(self.model.stage), prog_bar=True, batch_size=len(images))
+        return {"loss": loss}
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Detect anomalies; returns the batch with ``anomaly_map`` and ``pred_score``."""
+        del args, kwargs
+        self._check_batch(batch)
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Detect anomalies; returns the batch with ``anomaly_map`` and ``pred_score``."""
+        self._check_batch(batch)
+        return super().test_step(batch, batch_idx, *args, **kwargs)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Detect anomalies; returns the batch with ``anomaly_map`` and ``pred_score``."""
+        self._check_batch(batch)
+        return super().predict_step(batch, batch_idx, dataloader_idx)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over both stages; per stage, the learning rate warms up and falls along a cosine.
+
+        A stage whose turn it is not has no gradients, and AdamW passes it over.
+
+        Raises:
+            ValueError: If the run has no end or fewer than two steps, so that it cannot be shared out.
+        """
+        # The budget asks for the data loader, whose first act is to draw the order of the images.
+        self._continue_random_state()
+        switch, total = self._budget()
+
+        def factor(step: int) -> float:
+            first, last = (0, switch) if step < switch else (switch, total)
+            progress = min(1.0, (step - first + 1) / max(1, last - first))
+            return min(1.0, progress / _WARM_UP) * 0.5 * (1.01 + 0.99 * math.cos(math.pi * progress))
+
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=1e-4)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the random state with the checkpoint, so that a resumed run paints what it would have painted."""
+        super().on_save_checkpoint(checkpoint)
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["two_stage_random_state"] = random_state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and take up its random state.
+
+        Raises:
+            ValueError: If the checkpoint is of another variant or width.
+        """
+        super().on_load_checkpoint(checkpoint)
+        own, saved = self.state_dict(), checkpoint["state_dict"]
+        differing = [
+            name
+            for name, value in own.items()
+            if name.startswith("model.stage_") and (name not in saved or saved[name].shape != value.shape)
+        ]
+        if differing:
+            widths = tuple(len(saved[name]) for name in sorted(saved) if _FIRST_WEIGHT.fullmatch(name))
+            variant = next((name for name, shape in VARIANTS.items() if shape.widths == widths), "unknown")
+            msg = (
+                f"The checkpoint does not fit variant {self.variant!r}: it is of variant {variant!r} with widths "
+                f"{widths}, and {len(differing)} weights differ. Build the model with the checkpoint's variant."
+            )
+            raise ValueError(msg)
+        # One saved state would make every process of a distributed run paint alike.
+        if self._trainer is not None and self.trainer.world_size == 1:
+            self._random_state = checkpoint.get("two_stage_random_state")
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's signature
+        """Export to ONNX as anomalib does, at the lowest opset that holds the graph (18) unless told otherwise."""
+        kwargs.setdefault("opset_version", 18)
+        return super().to_onnx(*args, **kwargs)
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Trainer arguments of the model: no sanity validation before the first step, as in anomalib's Draem."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learns from good images only."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Build the default pre-processor: resize, no normalisation.
+
+        Args:
+            image_size: Height and width in pixels, by default 256 x 256.
+        """
+        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Build the default evaluator: anomalib's metrics, and pixel AUPR, which shows what AUROC hides."""
+        metrics = [*AnomalibModule.configure_evaluator().test_metrics]
+        metrics.append(AUPR(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False))
+        return Evaluator(test_metrics=metrics)
+
+    def _continue_random_state(self) -> None:
+        """Put the random numbers of a resumed run where its checkpoint left them, once."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in self._random_state:
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
+            self._random_state = None
+
+    def _budget(self) -> tuple[int, int]:
+        """Optimiser steps until stage two starts, and of the whole run."""
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            msg = (
+                "The run has no end, so it cannot be shared between the two stages: "
+                f"set max_epochs (now {self.trainer.max_epochs}) or max_steps (now {self.trainer.max_steps})."
+            )
+            raise ValueError(msg)
+        total = int(total)
+        # Both stages get at least one step of any run that has two.
+        return min(max(1, round(total * self.stage_one_fraction)), max(1, total - 1)), total
+
+    def _painted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and masks ``(B, 1, H, W)`` to train on: as they came if they came painted, else painted now."""
+        assert isinstance(batch, ImageBatch)
+        assert isinstance(batch.image, torch.Tensor)
+        images, mask = batch.image, batch.gt_mask
+        if mask is not None and (self._images_come_painted or bool(mask.any())):
+            return images, mask.reshape(len(images), 1, *images.shape[-2:]).to(images.dtype)
+        assert self.painter is not None  # made in setup
+        return self.painter(images)
+
+    def _check_size(self, height: int, width: int) -> None:
+        smallest = self.model.stage_one.minimum_size
+        if min(height, width) < smallest:
+            msg = (
+                f"Images of {height} x {width} pixels are too small for variant {self.variant!r}: "
+                f"the pre-processor must resize to at least {smallest} x {smallest}."
+            )
+            raise ValueError(msg)
+        if self.model.slic.segment_size > min(height, width):
+            msg = (
+                f"segment_size ({self.model.slic.segment_size} pixels) is larger than the image "
+                f"({height} x {width}): choose it well below the shorter side."
+            )
+            raise ValueError(msg)
+
+    def _check_batch(self, batch: Batch) -> None:
+        assert isinstance(batch, ImageBatch)
+        assert isinstance(batch.image, torch.Tensor)
+        images = batch.image
+        self._check_size(*images.shape[-2:])
+        low, high = (float(value) for value in images.detach().float().aminmax())
+        if math.isnan(low) or math.isnan(high):
+            msg = f"The batch holds NaN pixels; check these images and the augmentations: {batch.image_path}."
+            raise ValueError(msg)
+        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+            msg = (
+                f"TwoStageSuperpixel reads images in [0, 1], got values from {low:.3g} to {high:.3g}: "
+                "take normalisation out of the augmentations and the pre-processor, and scale integers to [0, 1]."
+            )
+            raise ValueError(msg)
+        self._refuse_deep_images(batch.image_path or ())
+
+    def _refuse_deep_images(self, paths: Iterable[str]) -> None:
+        """Refuse files of 16 and more bits a channel: anomalib clips them at 255 and would hand over white images."""
+        for path in {path for path in paths if Path(path).suffix.lower() in _DEEP_SUFFIXES} - self._seen_paths:
+            self._seen_paths.add(path)
+            if not Path(path).is_file():
+                continue  # made by the datamodule, not read from disk
+            with Image.open(path) as image:
+                mode = image.mode
+            if mode.startswith(("I", "F")):
+                msg = (
+                    f"{path} has more than 8 bits a channel (PIL mode {mode!r}), which anomalib reads as clipped at "
+                    "255: convert the images to 8 bits, scaled to their real range."
+                )
+                raise ValueError(msg)
+
+    @staticmethod
+    def _check_fraction(name: str, value: float, *, include_one: bool) -> None:
+        if not (0 < value < 1 or (include_one and value == 1)):
+            msg = f"{name} must be above 0 and {'at most' if include_one else 'below'} 1, got {value}."
+            raise ValueError(msg)

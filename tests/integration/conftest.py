@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+SIZE = 64
+
+
+def write_dataset(root: Path, train: int = 6, good: int = 3, defective: int = 3) -> Path:
+    """Write a tiny data set in MVTec layout: grey noise, and bright squares as defects."""
+    generator = np.random.default_rng(0)
+
+    def surface() -> np.ndarray:
+        return generator.normal(120, 8, (SIZE, SIZE, 3)).clip(0, 255).astype(np.uint8)
+
+    def save(array: np.ndarray, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+
+    for i in range(train):
+        save(surface(), root / "plate/train/good" / f"{i:03}.png")
+    for i in range(good):
+        save(surface(), root / "plate/test/good" / f"{i:03}.png")
+    for i in range(defective):
+        image, mask = surface(), np.zeros((SIZE, SIZE), np.uint8)
+        top, left = generator.integers(4, 40, 2)
+        image[top : top + 16, left : left + 16] = 250
+        mask[top : top + 16, left : left + 16] = 255
+        save(image, root / "plate/test/square" / f"{i:03}.png")
+        save(mask, root / "plate/ground_truth/square" / f"{i:03}_mask.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete configuration of the stock command, small enough for seconds on a CPU."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [SIZE, SIZE]}}
+    pre_processor = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": resize}}
+    settings = {
+        "model": {
+            "class_path": "TwoStageSuperpixel",
+            "init_args": {"variant": "small", "segment_size": 8, "pre_processor": pre_processor},
+        },
+        "data": {
+            "class_path": "anomalib.data.MVTecAD",
+            "init_args": {
+                "root": str(dataset),
+                "category": "plate",
+                "train_batch_size": 3,
+                "eval_batch_size": 3,
+                "num_workers": 0,
+            },
+        },
+        "trainer": {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run_anomalib(*arguments: str | Path, cwd: Path, **environment: str) -> str:
+    """Run the stock `anomalib` command of this environment; returns what it printed."""
+    command = [str(Path(sys.executable).with_name("anomalib")), *map(str, arguments)]
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="session")
+def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished `anomalib train`; holds `checkpoint`, a link to the saved model."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_anomalib("train", "--config", config, "--default_root_dir", folder / "results", cwd=folder)
+    checkpoints = sorted(folder.rglob("*.ckpt"))
+    assert checkpoints
+    (folder / "checkpoint").symlink_to(checkpoints[-1])
+    return folder

@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_variant_is_refused_by_name(dataset: Path, tmp_p
     engine = make_engine(tmp_path, max_steps=1, max_epochs=-1, limit_val_batches=0)
     engine.fit(make_model(), datamodule=make_data(dataset))
     engine.trainer.save_checkpoint(tmp_path / "small.ckpt")
-    with pytest.raises(ValueError, match="'default'.*'small'"):
+    with pytest.raises(ValueError, match=r"'default'.*'small'"):
         TwoStageSuperpixel.load_from_checkpoint(tmp_path / "small.ckpt", variant="default")
     assert TwoStageSuperpixel.load_from_checkpoint(tmp_path / "small.ckpt").variant == "small"
 

@@ -7,7 +7,7 @@ from those patches alone. With this package installed, the ``anomalib`` command 
 One shape convention holds everywhere:
 
 - images are ``(B, C, H, W)``, float in [0, 1];
-- maps (anomaly maps, residual maps, masks) are ``(B, 1, H, W)``, float in [0, 1];
+- maps (anomaly maps, masks) are ``(B, 1, H, W)``, float in [0, 1];
 - label maps are ``(B, H, W)``, int64, dense per image in ``0 .. K-1``.
 
 Single images ``(C, H, W)`` are accepted where torchvision transforms accept them.

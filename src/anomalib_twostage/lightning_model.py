@@ -85,7 +85,7 @@ class TwoStageSuperpixel(AnomalibModule):
         segment_size: int = 16,
         compactness: float = 10.0,
         stage_one_fraction: float = 0.7,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 2e-3,
         paint_probability: float = 0.7,
         texture_dir: str | Path | None = None,
         pre_processor: PreProcessor | bool = True,

@@ -47,20 +47,19 @@ class TwoStageSuperpixelModel(nn.Module):
 
     * ``"hard"``, as published: stage two sees the refined image alone and draws the map; outside the selected
       superpixels the map is zero.
-    * ``"residual"``: stage two sees the image, stage one's map and its superpixel average, and its output is
-      added to the logit of those two maps' mean inside the selected superpixels. Outside them stage one's ranking
-      stands, where the hard gate would tie every missed pixel at zero. Where nothing is selected, stage two has
-      no say.
+    * ``"average"``: stage two sees the image, stage one's map and its superpixel average. Inside the selected
+      superpixels its map is averaged with the mean of those two maps. Outside them stage one's ranking stands, where
+      the hard gate would tie every missed pixel at zero, and where nothing is selected stage two has no say.
 
     Until stage two has begun to learn (:attr:`stage` is 1) the map is stage one's alone: its map for the hard gate,
-    the mean of it and its superpixel average for the residual one.
+    the mean of it and its superpixel average for the other.
 
     Args:
         stage_one: Network from images to logits.
         slic: Superpixels of the images.
         refiner: Selects superpixels.
         stage_two: Network to logits, from the refined image (``"hard"``) or from image and two maps
-            (``"residual"``, two channels more).
+            (``"average"``, two channels more).
         gate: How stage two's output enters the map.
 
     Raises:
@@ -79,8 +78,6 @@ class TwoStageSuperpixelModel(nn.Module):
 
     # The image score is the highest mean over a window of this many pixels: one bright pixel is noise.
     score_window = 7
-    # Stage two may move a logit by no more than this: enough to settle a doubt, too little to overrule certainty.
-    reach = 4.0
 
     def __init__(
         self,
@@ -88,11 +85,11 @@ class TwoStageSuperpixelModel(nn.Module):
         slic: Slic,
         refiner: SuperpixelRefiner,
         stage_two: UNet,
-        gate: Literal["hard", "residual"] = "residual",
+        gate: Literal["hard", "average"] = "average",
     ) -> None:
         super().__init__()
-        if gate not in ("hard", "residual"):
-            msg = f"gate must be 'hard' or 'residual', got {gate!r}."
+        if gate not in ("hard", "average"):
+            msg = f"gate must be 'hard' or 'average', got {gate!r}."
             raise ValueError(msg)
         self.stage_one = stage_one
         self.slic = slic
@@ -102,7 +99,20 @@ class TwoStageSuperpixelModel(nn.Module):
         self.stage = 1
 
     def start_stage_two(self) -> None:
-        """Freeze stage one, weights and batch-norm statistics, and let stage two learn and speak."""
+        """Freeze stage one, weights and batch-norm statistics, and let stage two learn and speak.
+
+        With the average gate stage two continues from stage one's weights; those of its two further input channels
+        start at zero. So it begins as stage one's equal, and all it learns is on top.
+        """
+        if self.gate == "average":
+            weights = self.stage_one.state_dict()
+            name = "encoder.0.0.weight"
+            first = torch.zeros_like(self.stage_two.state_dict()[name])
+            first[:, : weights[name].shape[1]] = weights[name]
+            self.stage_two.load_state_dict({**weights, name: first})
+        self._freeze_stage_one()
+
+    def _freeze_stage_one(self) -> None:
         self.stage = 2
         self.stage_one.requires_grad_(False)
         self.train(self.training)
@@ -121,7 +131,7 @@ class TwoStageSuperpixelModel(nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Restore the stage from the state dict."""
         if int(state) == 2:
-            self.start_stage_two()
+            self._freeze_stage_one()
 
     def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
         """Run the model and keep every intermediate result.
@@ -150,9 +160,8 @@ class TwoStageSuperpixelModel(nn.Module):
             anomaly_map = (stage_one_map + refined.pooled) / 2
             if self.stage == 2:
                 seen = torch.cat([images, stage_one_map.to(images.dtype), refined.pooled.to(images.dtype)], dim=1)
-                correction = self.reach * torch.tanh(self.stage_two(seen).float() / self.reach)
-                stage_two_logits = _logit(anomaly_map) + correction * refined.selected
-                anomaly_map = stage_two_logits.sigmoid()
+                stage_two_logits = self.stage_two(seen).float()
+                anomaly_map = torch.lerp(anomaly_map, stage_two_logits.sigmoid(), refined.selected / 2)
         return StageMaps(
             stage_one_logits=stage_one_logits,
             stage_one_map=stage_one_map,
@@ -182,12 +191,6 @@ class TwoStageSuperpixelModel(nn.Module):
         return smooth.amax(dim=(1, 2, 3))
 
 
-def _logit(probability: torch.Tensor) -> torch.Tensor:
-    """Inverse of the sigmoid that still ranks values near zero, where ``torch.logit`` with an epsilon ties them."""
-    probability = probability.clamp(1e-30, 1 - 1e-7)
-    return probability.log() - torch.log1p(-probability)
-
-
 @dataclass(frozen=True)
 class Variant:
     """Shape of a published variant.
@@ -202,14 +205,14 @@ class Variant:
 
     widths: tuple[int, ...]
     stem_stride: int
-    gate: Literal["hard", "residual"]
+    gate: Literal["hard", "average"]
     threshold: float
     loss: Literal["default", "paper"]
 
 
 VARIANTS = {
-    "default": Variant(widths=(32, 64, 128, 256, 256), stem_stride=2, gate="residual", threshold=0.1, loss="default"),
-    "small": Variant(widths=(16, 32, 64, 128, 128), stem_stride=2, gate="residual", threshold=0.1, loss="default"),
+    "default": Variant(widths=(32, 64, 128, 256, 256), stem_stride=2, gate="average", threshold=0.1, loss="default"),
+    "small": Variant(widths=(16, 32, 64, 128, 128), stem_stride=2, gate="average", threshold=0.1, loss="default"),
     "paper": Variant(widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper"),
 }
 
@@ -240,15 +243,10 @@ def two_stage_superpixel_model(
         raise ValueError(msg)
     shape = VARIANTS[variant]
     seen = in_channels if shape.gate == "hard" else in_channels + 2
-    stage_two = UNet(seen, shape.widths, shape.stem_stride)
-    if shape.gate == "residual":
-        # Stage two begins as "change nothing" and never has to relearn what stage one knows.
-        for parameter in stage_two.head.parameters():
-            nn.init.zeros_(parameter)
     return TwoStageSuperpixelModel(
         stage_one=UNet(in_channels, shape.widths, shape.stem_stride),
         slic=Slic(segment_size, compactness),
         refiner=SuperpixelRefiner(shape.threshold),
-        stage_two=stage_two,
+        stage_two=UNet(seen, shape.widths, shape.stem_stride),
         gate=shape.gate,
     )

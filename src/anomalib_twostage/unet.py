@@ -70,6 +70,8 @@ class UNet(nn.Module):
             ConvBlock(coarse + fine, fine) for fine, coarse in zip(widths[-2::-1], widths[:0:-1], strict=True)
         )
         self.head = nn.Conv2d(widths[0], 1, kernel_size=1)
+        # Half again as fast to train on a CPU, and what tensor cores want.
+        self.to(memory_format=torch.channels_last)
 
     @property
     def minimum_size(self) -> int:
@@ -85,7 +87,7 @@ class UNet(nn.Module):
         Returns:
             Logits ``(B, 1, H, W)``, unbounded.
         """
-        features = self.encoder[0](images)
+        features = self.encoder[0](images.contiguous(memory_format=torch.channels_last))
         skips = [features]
         for block in self.encoder[1:]:
             features = block(functional.max_pool2d(features, kernel_size=2))

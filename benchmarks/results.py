@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train through the stock `anomalib` command, then measure every stage of what came out.
+
+    python benchmarks/results.py configs/demo.yaml --categories brick grass gravel --seeds 0 1 2 --out docs/results/demo
+
+One row per (category, seed, map) goes to OUT.csv as soon as it is measured, and a run that has its rows is skipped, so
+the command can be interrupted and repeated. OUT.md gets the table of means and spreads, OUT_<category>.png the
+stages of the first seed's model on a few test images. Further options go to `anomalib train` as they are.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import yaml
+from anomalib.data import AnomalibDataModule, ImageBatch, get_datamodule
+from anomalib.metrics import AUPR, AUPRO, AUROC
+from skimage.segmentation import find_boundaries
+
+from anomalib_twostage import TwoStageSuperpixel
+
+MAPS = ("stage one", "superpixel mean", "final")
+METRICS = ("pixel AUROC", "pixel AP", "AUPRO", "image AUROC")
+PICTURES = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="configuration of `anomalib train` with model, data and trainer")
+    parser.add_argument("--categories", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--out", type=Path, required=True, help="path of the results without suffix")
+    arguments, options = parser.parse_known_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    table = arguments.out.with_suffix(".csv")
+    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    for category in arguments.categories:
+        for seed in arguments.seeds:
+            if any(row["category"] == category and row["seed"] == seed for row in rows):
+                continue
+            print(f"{category}, seed {seed}: training", flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                command = train_command(arguments.config, category, seed, Path(folder), options)
+                start = time.perf_counter()
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                seconds = time.perf_counter() - start
+                model = load(Path(folder))
+                data = datamodule(arguments.config, category, options)
+                measured = measure(model, data)
+                if seed == arguments.seeds[0]:
+                    picture = arguments.out.with_name(f"{arguments.out.name}_{category}.png")
+                    draw(model, data, picture)
+            common = {"category": category, "seed": seed, "train and test seconds": round(seconds)}
+            rows += [{**common, "map": name, **measured[name]} for name in MAPS]
+            pd.DataFrame(rows).to_csv(table, index=False)
+            print(pd.DataFrame(rows[-len(MAPS) :]).to_string(index=False), flush=True)
+    arguments.out.with_suffix(".md").write_text(summary(pd.DataFrame(rows)))
+    print(arguments.out.with_suffix(".md").read_text())
+
+
+def train_command(config: Path, category: str, seed: int, folder: Path, options: list[str]) -> list[str]:
+    anomalib = str(Path(sys.executable).with_name("anomalib"))
+    command = [anomalib, "train", "--config", str(config), "--data.category", category, "--seed_everything", str(seed)]
+    return [*command, "--default_root_dir", str(folder), *options]
+
+
+def load(folder: Path) -> TwoStageSuperpixel:
+    (checkpoint,) = folder.rglob("*.ckpt")
+    return TwoStageSuperpixel.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+
+
+def datamodule(config: Path, category: str, options: list[str]) -> AnomalibDataModule:
+    """The data of the configuration; of the command's options only `--data.root` matters here."""
+    data: dict[str, Any] = yaml.safe_load(config.read_text())["data"]
+    data.setdefault("init_args", {})["category"] = category
+    if "--data.root" in options:
+        data["init_args"]["root"] = options[options.index("--data.root") + 1]
+    module = get_datamodule(data)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+@torch.no_grad()
+def measure(model: TwoStageSuperpixel, data: AnomalibDataModule) -> dict[str, dict[str, float]]:
+    """Metrics of each map over the test images, at the model's input size, before any normalisation."""
+    pixels, image = ["anomaly_map", "gt_mask"], ["pred_score", "gt_label"]
+    metrics = {name: (AUROC(pixels), AUPR(pixels), AUPRO(pixels), AUROC(image)) for name in MAPS}
+    for batch in data.test_dataloader():
+        images, masks = model.pre_processor.transform(batch.image, batch.gt_mask)
+        stages = model.model.stages(images)
+        maps = (stages.stage_one_map, stages.pooled_map, stages.anomaly_map)
+        for name, values in zip(MAPS, maps, strict=True):
+            score = model.model.score(values)
+            result = ImageBatch(
+                image=images, gt_mask=masks, gt_label=batch.gt_label, anomaly_map=values, pred_score=score
+            )
+            for metric in metrics[name]:
+                metric.update(result)
+    return {
+        name: {title: round(float(metric.compute()), 4) for title, metric in zip(METRICS, metrics[name], strict=True)}
+        for name in MAPS
+    }
+
+
+@torch.no_grad()
+def draw(model: TwoStageSuperpixel, data: AnomalibDataModule, path: Path) -> None:
+    """One row per image: query, ground truth, stage one, superpixels, refined image, final map."""
+    samples = data.test_data.samples
+    kinds = samples.groupby("label", sort=False).head(1).index.tolist()
+    spread = kinds + [i for i in range(0, len(samples), max(1, len(samples) // PICTURES)) if i not in kinds]
+    items = [data.test_data[i] for i in sorted(spread[:PICTURES])]
+    titles = ("image", "ground truth", "stage one", "superpixels", "refined image", "final map")
+    figure, axes = plt.subplots(len(items), len(titles), figsize=(2 * len(titles), 2 * len(items)), squeeze=False)
+    for row, item in zip(axes, items, strict=True):
+        images, masks = model.pre_processor.transform(item.image.unsqueeze(0), item.gt_mask.unsqueeze(0))
+        stages = model.model.stages(images)
+        picture = images[0].permute(1, 2, 0).clamp(0, 1)
+        borders = torch.from_numpy(find_boundaries(stages.labels[0].numpy(), mode="inner"))
+        outlined = torch.where(borders.unsqueeze(-1), torch.tensor([1.0, 0.9, 0.1]), picture)
+        refined = stages.refined_image[0].permute(1, 2, 0).clamp(0, 1)
+        shown = (picture, masks[0], stages.stage_one_map[0, 0], outlined, refined, stages.anomaly_map[0, 0])
+        for axis, values, title in zip(row, shown, titles, strict=True):
+            axis.imshow(values, vmin=0, vmax=1, cmap="inferno" if values.ndim == 2 else None)
+            axis.set_axis_off()
+            if axis in axes[0]:
+                axis.set_title(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """Markdown table: mean over the seeds, with the standard deviation behind it where there are several."""
+    lines = ["| category | map | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    order = list(dict.fromkeys(rows["category"]))
+    groups: list[tuple[str, pd.DataFrame]] = [(name, rows[rows["category"] == name]) for name in order]
+    if len(groups) > 1:
+        groups.append(("**mean**", rows.groupby(["seed", "map"], as_index=False)[list(METRICS)].mean()))
+    for category, group in groups:
+        for name in MAPS:
+            cells = []
+            for metric in METRICS:
+                values = group.loc[group["map"] == name, metric]
+                spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
+                cells.append(f"{values.mean():.3f}{spread}")
+            lines.append(f"| {category} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ from torch import nn
 from torchvision.transforms.v2 import Normalize, Resize
 
 from .loss import PaperLoss, SegmentationLoss
-from .pseudo_anomaly import PseudoAnomaly, PseudoAnomalyTransform, imitate_faults
+from .pseudo_anomaly import PseudoAnomaly, PseudoAnomalyTransform, imitate_faults, vary_illumination
 from .torch_model import VARIANTS, TwoStageSuperpixelModel, two_stage_superpixel_model
 
 __all__ = ["TwoStageSuperpixel"]
@@ -310,14 +310,14 @@ class TwoStageSuperpixel(AnomalibModule):
         return min(max(1, round(total * self.stage_one_fraction)), max(1, total - 1)), total
 
     def _painted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and masks ``(B, 1, H, W)`` to train on: as they came if they came painted, else painted now."""
+        """Images and masks ``(B, 1, H, W)`` to train on: as they came if they came painted, else lit and painted now."""
         assert isinstance(batch, ImageBatch)
         assert isinstance(batch.image, torch.Tensor)
         images, mask = batch.image, batch.gt_mask
         if mask is not None and (self._images_come_painted or bool(mask.any())):
             return images, mask.reshape(len(images), 1, *images.shape[-2:]).to(images.dtype)
         assert self.painter is not None  # made in setup
-        return self.painter(images)
+        return self.painter(vary_illumination(images))
 
     def _check_size(self, height: int, width: int) -> None:
         smallest = self.model.stage_one.minimum_size

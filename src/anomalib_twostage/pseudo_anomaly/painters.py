@@ -28,7 +28,7 @@ __all__ = ["PerlinAnomaly", "PseudoAnomaly", "SuperpixelAnomaly"]
 JUST_NOTICEABLE = 2.3
 """CIE76 delta E below which a person sees no difference (Mahy et al., 1994)."""
 
-_CLEAR = 8.0  # delta E that paint is lifted to on average; a defect should be seen, not searched for
+_CLEAR = 15.0  # delta E that paint is lifted to on average; a defect should be seen, not searched for
 
 
 class PseudoAnomalyTransform(v2.Transform, ABC):

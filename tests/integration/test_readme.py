@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command and snippet of the README, as printed, at tiny size. The two install commands are run by .ci/run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .conftest import write_dataset
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+TINY = "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.check_val_every_n_epoch=1"
+TINY_STEPS = "--trainer.max_steps=2 --trainer.val_check_interval=2"
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return [block.replace("\\\n", " ").strip() for block in found]
+
+
+def command_with(*words: str) -> str:
+    (command,) = (block for block in blocks("bash") if all(word in block for word in words))
+    return command
+
+
+def run(command: str, folder: Path) -> None:
+    """Run a line of shell with this environment's `anomalib` first in the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder where the README's paths exist."""
+    folder = tmp_path_factory.mktemp("readme")
+    mvtec = folder / "path/to/MVTecAD"
+    write_dataset(mvtec, train=4, good=2, defective=2)
+    (mvtec / "plate").rename(mvtec / "bottle")
+    shutil.copytree(mvtec / "bottle/train/good", folder / "path/to/images/good")
+    shutil.copytree(mvtec / "bottle/test/square", folder / "path/to/images/defective")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    """What the README's MVTec AD command leaves behind, where the README's next commands look for it."""
+    run(f"{command_with('--data MVTecAD')} {TINY_STEPS} --data.num_workers=0", folder)
+    (saved,) = (folder / "results/TwoStageSuperpixel/MVTecAD").rglob("*.ckpt")
+    target = folder / "path/to/model.ckpt"
+    shutil.copy(saved, target)
+    return target
+
+
+def test_train_on_own_images(folder: Path) -> None:
+    run(f"{command_with('--data Folder')} {TINY}", folder)
+    assert list((folder / "results/TwoStageSuperpixel/parts").rglob("*.ckpt"))
+
+
+def test_predict_own_images(folder: Path, checkpoint: Path) -> None:
+    assert checkpoint.exists()
+    run(command_with("anomalib predict"), folder)
+    assert len(list((folder / "results").rglob("images/**/defective/*.png"))) >= 2
+
+
+def test_export(folder: Path, checkpoint: Path) -> None:
+    assert checkpoint.exists()
+    run(command_with("anomalib export"), folder)
+    assert list((folder / "results").rglob("*.xml"))
+
+
+def test_benchmark(folder: Path) -> None:
+    # Draem takes seconds an image on a CPU, and what is tested here is the command and our side of the file.
+    command = command_with("anomalib benchmark").replace("MAX_STEPS=400", "MAX_STEPS=1")
+    name = command.split()[-1]
+    settings = yaml.safe_load((ROOT / name).read_text())
+    assert {"TwoStageSuperpixel", "Draem"} < set(settings["benchmark"]["model"]["class_path"]["grid"])
+    settings["benchmark"]["model"]["class_path"]["grid"] = ["TwoStageSuperpixel", "Ganomaly"]
+    settings["benchmark"]["data"]["init_args"]["category"]["grid"] = ["brick"]
+    (folder / "benchmark.yaml").write_text(yaml.safe_dump(settings))
+    run(command.replace(name, "benchmark.yaml"), folder)
+    (table,) = (folder / "runs").rglob("results.csv")
+    assert len(table.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_snippet(number: int, folder: Path) -> None:
+    code = blocks("python")[number].replace("max_steps=400", "max_steps=1")
+    script = folder / f"snippet_{number}.py"
+    script.write_text(code)
+    run(f"python {script.name}", folder)
+
+
+def test_every_command_is_covered() -> None:
+    covered = ("pip install", "--data Folder", "--data MVTecAD", "anomalib predict", "anomalib export", "benchmark")
+    for command in blocks("bash"):
+        assert sum(word in command for word in covered) == 1, command
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_configurations_parse(path: Path) -> None:
+    from anomalib.cli import AnomalibCLI
+    from anomalib.data import get_datamodule
+    from anomalib.models import get_model
+
+    settings = yaml.safe_load(path.read_text())
+    if "benchmark" in settings:
+        for name in settings["benchmark"]["model"]["class_path"]["grid"]:
+            assert name in {"Draem", "Ganomaly"} or get_model({"class_path": name}).name == name
+        assert get_datamodule({"class_path": settings["benchmark"]["data"]["class_path"]}).name
+    else:
+        arguments = ["fit", "--config", str(path), *(() if "data" in settings else ("--data", "SampleTextures"))]
+        cli = AnomalibCLI(args=arguments, run=False)
+        assert type(cli.model).__name__ == "TwoStageSuperpixel"
+        trainer = settings["trainer"]
+        assert trainer["max_steps"] % trainer["val_check_interval"] == 0

@@ -310,7 +310,7 @@ class TwoStageSuperpixel(AnomalibModule):
         return min(max(1, round(total * self.stage_one_fraction)), max(1, total - 1)), total
 
     def _painted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and masks ``(B, 1, H, W)`` to train on: as they came if they came painted, else lit and painted now."""
+        """Images and masks ``(B, 1, H, W)`` to train on: as they come if they come painted, else lit and painted."""
         assert isinstance(batch, ImageBatch)
         assert isinstance(batch.image, torch.Tensor)
         images, mask = batch.image, batch.gt_mask

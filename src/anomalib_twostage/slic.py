@@ -9,6 +9,7 @@ for the host, and the graph exports.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from kornia.color import rgb_to_lab
@@ -17,8 +18,8 @@ from torch.nn import functional
 
 __all__ = ["Slic", "slic"]
 
-# A centre that does not exist (beyond the image) sits so far away that no pixel chooses it.
-_FAR = 1.0e4
+# Squared distance to a centre that does not exist, beyond the image: no pixel chooses it.
+_FAR = 1.0e30
 _OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 
 
@@ -68,7 +69,10 @@ def slic(
     if num_iterations < 0:
         msg = f"num_iterations must be 0 or more, got {num_iterations}."
         raise ValueError(msg)
-    labels = _dense_labels(_segment(images, size, compactness, num_iterations), _grid(height, width, size))
+    # Reduced precision moves pixels between segments. An export traces no autocast, and could not hold one.
+    autocast = torch.is_autocast_enabled(image.device.type)
+    with torch.autocast(image.device.type, enabled=False) if autocast else nullcontext():
+        labels = _dense_labels(_segment(images, size, compactness, num_iterations), _grid(height, width, size))
     return labels if batched else labels.squeeze(0)
 
 
@@ -209,10 +213,10 @@ def _mean(sums: torch.Tensor) -> torch.Tensor:
     return sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
 
 
-def _neighbours(centres: torch.Tensor) -> torch.Tensor:
-    """The nine centres that compete for each cell, ``(B * rows * columns, 9, C)``."""
+def _neighbours(centres: torch.Tensor, beyond: float) -> torch.Tensor:
+    """What belongs to the nine centres that compete for each cell, ``(B * rows * columns, 9, C)``."""
     rows, columns = centres.shape[1:3]
-    padded = functional.pad(centres, (0, 0, 1, 1, 1, 1), value=_FAR)
+    padded = functional.pad(centres, (0, 0, 1, 1, 1, 1), value=beyond)
     views = [padded[:, 1 + dy : 1 + dy + rows, 1 + dx : 1 + dx + columns] for dy, dx in _OFFSETS]
     return torch.stack(views, dim=3).flatten(0, 2)
 
@@ -222,8 +226,8 @@ def _distances(cells: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
 
     It lacks the pixel's own square, which is the same for all nine.
     """
-    near = _neighbours(centres)
-    return torch.baddbmm(near.square().sum(dim=-1, keepdim=True), near, cells, alpha=-2.0)
+    square = _neighbours(centres.square().sum(dim=-1, keepdim=True), beyond=_FAR)
+    return torch.baddbmm(square, _neighbours(centres, beyond=0.0), cells, alpha=-2.0)
 
 
 def _collect(sums: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:

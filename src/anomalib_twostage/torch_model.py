@@ -110,11 +110,11 @@ class TwoStageSuperpixelModel(nn.Module):
             first = torch.zeros_like(self.stage_two.state_dict()[name])
             first[:, : weights[name].shape[1]] = weights[name]
             self.stage_two.load_state_dict({**weights, name: first})
-        self._freeze_stage_one()
+        self._set_stage(2)
 
-    def _freeze_stage_one(self) -> None:
-        self.stage = 2
-        self.stage_one.requires_grad_(False)
+    def _set_stage(self, stage: int) -> None:
+        self.stage = stage
+        self.stage_one.requires_grad_(stage == 1)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TwoStageSuperpixelModel":
@@ -130,8 +130,7 @@ class TwoStageSuperpixelModel(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Restore the stage from the state dict."""
-        if int(state) == 2:
-            self._freeze_stage_one()
+        self._set_stage(int(state))
 
     def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
         """Run the model and keep every intermediate result.

@@ -132,8 +132,14 @@ def test_export_to_onnx_answers_like_predict(
 
 
 def test_export_to_openvino_answers_like_predict(
-    trained: Path, export_config: Path, dataset: Path, predictions: ImageBatch, tmp_path: Path
+    trained: Path,
+    export_config: Path,
+    dataset: Path,
+    predictions: ImageBatch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # OpenVINO leaves a cache where it runs
     path = export(trained, export_config, tmp_path, "openvino")
     inferencer = OpenVINOInferencer(path, device="CPU")
     answers = [inferencer.predict(path) for path in sorted((dataset / "plate/test").rglob("*.png"))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the painters paint with: six kinds of paint, drawn per image.
+"""What the painters paint with: four kinds of paint, drawn per image.
 
 DRAEM buys breadth with 5,640 photographs. Breadth here comes from what is always there: the image itself (shaded,
 blurred, sharpened), other images of the batch (turned, scaled, recoloured), photographs, and procedural textures.

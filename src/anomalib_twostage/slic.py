@@ -63,12 +63,7 @@ def slic(
     images = image if batched else image.unsqueeze(0)
     height, width = images.shape[-2:]
     size = _resolve_segment_size(height, width, n_segments, segment_size)
-    if not compactness > 0:
-        msg = f"compactness must be above 0, got {compactness}."
-        raise ValueError(msg)
-    if num_iterations < 0:
-        msg = f"num_iterations must be 0 or more, got {num_iterations}."
-        raise ValueError(msg)
+    _check_settings(compactness, num_iterations)
     # Reduced precision moves pixels between segments. An export traces no autocast, and could not hold one.
     autocast = torch.is_autocast_enabled(image.device.type)
     with torch.autocast(image.device.type, enabled=False) if autocast else nullcontext():
@@ -97,12 +92,7 @@ class Slic(nn.Module):
         if segment_size < 2:
             msg = f"segment_size must be at least 2 pixels, got {segment_size}."
             raise ValueError(msg)
-        if not compactness > 0:
-            msg = f"compactness must be above 0, got {compactness}."
-            raise ValueError(msg)
-        if num_iterations < 0:
-            msg = f"num_iterations must be 0 or more, got {num_iterations}."
-            raise ValueError(msg)
+        _check_settings(compactness, num_iterations)
         self.segment_size = segment_size
         self.compactness = compactness
         self.num_iterations = num_iterations
@@ -132,6 +122,15 @@ def _check_image(image: torch.Tensor) -> None:
         raise TypeError(msg)
     if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
         msg = f"image must be (B, C, H, W) or (C, H, W) with 1 or 3 channels, got shape {tuple(image.shape)}."
+        raise ValueError(msg)
+
+
+def _check_settings(compactness: float, num_iterations: int) -> None:
+    if not compactness > 0:
+        msg = f"compactness must be above 0, got {compactness}."
+        raise ValueError(msg)
+    if num_iterations < 0:
+        msg = f"num_iterations must be 0 or more, got {num_iterations}."
         raise ValueError(msg)
 
 

@@ -195,7 +195,7 @@ class PerlinAnomaly(PseudoAnomalyTransform):
         level = torch.minimum(uniform(batch, 0.0, 1.8, device=device), 0.8 * noise.amax(dim=(1, 2)))
         # Near its zero line the noise climbs by about three standard deviations per lattice cell.
         line = log_uniform(batch, 1.0, 5.0, device=device) * 1.5 * frequency / side
-        is_line = torch.rand(batch, device=device) < 0.35
+        is_line = choose(batch, 0.35, device=device)
         field = torch.where(
             is_line.view(-1, 1, 1),
             line.view(-1, 1, 1) - noise.abs(),
@@ -224,7 +224,7 @@ class SuperpixelAnomaly(PseudoAnomalyTransform):
         device = images.device
         picked = self.textures[torch.randint(len(self.textures), (batch,), device=self.textures.device)].to(device)
         foreign = move(picked.float() / 255, height, width)
-        own = torch.rand(batch, device=device) < 0.5
+        own = choose(batch, 0.5, device=device)
         shorter, longer = sorted((height, width))
         finest, coarsest = min(max(4, shorter // 32), longer), min(max(5, shorter // 8), longer)
         slic = Slic(int(torch.randint(finest, coarsest + 1, ())), num_iterations=3)

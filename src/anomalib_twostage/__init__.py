@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from anomalib_twostage.slic import Slic, slic
     from anomalib_twostage.torch_model import TwoStageSuperpixelModel
     from anomalib_twostage.unet import UNet
+    from anomalib_twostage.visualizer import StageVisualizer
 
     __version__: str
 
@@ -45,6 +46,7 @@ __all__ = [
     "SampleTextures",
     "SegmentationLoss",
     "Slic",
+    "StageVisualizer",
     "SuperpixelAnomaly",
     "SuperpixelRefiner",
     "TwoStageSuperpixel",
@@ -62,6 +64,7 @@ _SUBMODULES = {
     "SampleTextures": "data",
     "SegmentationLoss": "loss",
     "Slic": "slic",
+    "StageVisualizer": "visualizer",
     "SuperpixelAnomaly": "pseudo_anomaly",
     "SuperpixelRefiner": "refiner",
     "TwoStageSuperpixel": "lightning_model",

@@ -30,7 +30,8 @@ from torchvision.transforms.v2 import Normalize, Resize
 
 from .loss import PaperLoss, SegmentationLoss
 from .pseudo_anomaly import PseudoAnomaly, PseudoAnomalyTransform, imitate_faults, vary_illumination
-from .torch_model import VARIANTS, TwoStageSuperpixelModel, two_stage_superpixel_model
+from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
+from .visualizer import StageVisualizer
 
 __all__ = ["TwoStageSuperpixel"]
 
@@ -64,7 +65,7 @@ class TwoStageSuperpixel(AnomalibModule):
         pre_processor: Pre-processor, or a flag for the default (resize to 256 x 256, no normalisation).
         post_processor: Post-processor, or a flag for the default.
         evaluator: Evaluator, or a flag for the default, which is anomalib's.
-        visualizer: Visualizer, or a flag for the default.
+        visualizer: Visualizer, or a flag for the default, which is :class:`StageVisualizer`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -118,6 +119,8 @@ class TwoStageSuperpixel(AnomalibModule):
         # Made when training begins, dropped when it ends: no paint in checkpoints and exports, and a trained model
         # loads where the texture folder does not exist.
         self.painter: PseudoAnomalyTransform | None = None
+        # Of the last batch that was looked at for anomalies, for the visualizer.
+        self.last_stages: StageMaps | None = None
         self._images_come_painted = False
         self._random_state: dict[str, Any] | None = None
         self._seen_paths: set[str] = set()
@@ -141,9 +144,10 @@ class TwoStageSuperpixel(AnomalibModule):
             self.painter = PseudoAnomaly(probability=self.paint_probability, texture_dir=self.texture_dir)
 
     def teardown(self, stage: str) -> None:
-        """Drop the painter after training."""
+        """Drop the painter after training, and the last batch's stages."""
         if stage == "fit":
             self.painter = None
+        self.last_stages = None
 
     def on_train_start(self) -> None:
         """See whether the datamodule paints."""
@@ -170,7 +174,7 @@ class TwoStageSuperpixel(AnomalibModule):
             kwargs: Unused.
 
         Returns:
-            The loss.
+            The ``loss``, and what it was taken on: ``painted`` images ``(B, 3, H, W)`` and ``mask`` ``(B, 1, H, W)``.
 
         Raises:
             ValueError: If the images hold NaN, are not in [0, 1], or come from files of more than 8 bits a channel.
@@ -185,23 +189,22 @@ class TwoStageSuperpixel(AnomalibModule):
             loss = self.loss(self.model.stages(images, logits).stage_two_logits, mask)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, logger=True, batch_size=len(images))
         self.log("stage", float(self.model.stage), prog_bar=True, batch_size=len(images))
-        return {"loss": loss}
+        return {"loss": loss, "painted": images, "mask": mask}
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Detect anomalies; returns the batch with ``anomaly_map`` and ``pred_score``."""
         del args, kwargs
-        self._check_batch(batch)
-        return batch.update(**self.model(batch.image)._asdict())
+        return self._detect(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Detect anomalies; returns the batch with ``anomaly_map`` and ``pred_score``."""
-        self._check_batch(batch)
-        return super().test_step(batch, batch_idx, *args, **kwargs)
+        del batch_idx, args, kwargs
+        return self._detect(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Detect anomalies; returns the batch with ``anomaly_map`` and ``pred_score``."""
-        self._check_batch(batch)
-        return super().predict_step(batch, batch_idx, dataloader_idx)
+        del batch_idx, dataloader_idx
+        return self._detect(batch)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over both stages; per stage, the learning rate warms up and falls along a cosine.
@@ -280,6 +283,18 @@ class TwoStageSuperpixel(AnomalibModule):
             image_size: Height and width in pixels, by default 256 x 256.
         """
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
+    @classmethod
+    def configure_visualizer(cls) -> StageVisualizer:  # type: ignore[override]  # anomalib's own is one of several
+        """Build the default visualizer: the stages side by side."""
+        return StageVisualizer()
+
+    def _detect(self, batch: Batch) -> STEP_OUTPUT:
+        """Do what the model's forward does, and keep the stages."""
+        self._check_batch(batch)
+        assert isinstance(batch.image, torch.Tensor)
+        self.last_stages = stages = self.model.stages(batch.image)
+        return batch.update(anomaly_map=stages.anomaly_map, pred_score=self.model.score(stages.anomaly_map))
 
     def _continue_random_state(self) -> None:
         """Put the random numbers of a resumed run where its checkpoint left them, once."""

@@ -77,9 +77,8 @@ class StageVisualizer(Visualizer):
         """Draw the stages of a batch.
 
         Args:
-            predictions: Batch with ``image`` ``(B, C, H, W)`` in [0, 1], 1 or 3 channels. What else it has is used:
-                ``anomaly_map`` (else the one of ``stages``) and ``pred_mask``, both ``(B, H, W)`` or
-                ``(B, 1, H, W)``, ``gt_mask``, scores, labels and paths.
+            predictions: Batch with ``image`` ``(B, 3, H, W)`` in [0, 1]. What else it has is used: ``anomaly_map``
+                (else the one of ``stages``), ``pred_mask``, ``gt_mask``, scores, labels and paths.
             stages: What the model's ``stages`` returned for these images.
             stretch: Give the panels the proportions of the image's file, where there is one.
 
@@ -217,7 +216,7 @@ class StageVisualizer(Visualizer):
         if item.gt_mask is not None:
             panels["ground truth"] = mask_panel(item.gt_mask, size)
         panels["stage one"] = heat_panel(stages.stage_one_map[index], size)
-        panels["superpixels"] = _outlined(panels["image"], stages.labels[index], _BORDER)
+        panels["superpixels"] = _outlined(panels["image"], stages.labels[index], _BORDER, opacity=0.6)
         panels["refined image"] = image_panel(stages.refined_image[index], size)
         final = item.anomaly_map if item.anomaly_map is not None else stages.anomaly_map[index]
         panels["final map"] = heat_panel(final, size)
@@ -320,12 +319,12 @@ def _nearest(values: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def _outlined(
-    panel: Image.Image, labels: torch.Tensor, colour: tuple[int, int, int], thick: bool = False
+    panel: Image.Image, labels: torch.Tensor, colour: tuple[int, int, int], opacity: float = 1.0, thick: bool = False
 ) -> Image.Image:
     """Draw the borders between labels ``(H, W)`` or ``(1, H, W)`` into a panel."""
     borders = find_boundaries(_nearest(labels.detach(), panel.size), mode="thick" if thick else "inner")
     pixels = np.array(panel)
-    pixels[borders] = colour
+    pixels[borders] = np.round(pixels[borders] * (1 - opacity) + np.array(colour) * opacity)
     return Image.fromarray(pixels)
 
 
@@ -333,7 +332,7 @@ def _caption(item: ImageItem) -> str:
     """File, score and verdict, as far as they are known."""
     verdict = []
     if item.pred_score is not None:
-        verdict.append(f"score {float(item.pred_score):.2f}")
+        verdict.append(f"score {float(item.pred_score):.3f}")
     if item.pred_label is not None:
         verdict.append(_word(item.pred_label))
     parts = ["/".join(Path(item.image_path).parts[-2:])] if item.image_path else []

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anomalib_twostage import PerlinAnomaly, SuperpixelAnomaly
+from anomalib_twostage.preview import draw_paint, main, read_images
+
+from .conftest import photograph
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """Ten crops of a photograph, one of them grey and one in a subfolder."""
+    folder = tmp_path / "good"
+    (folder / "more").mkdir(parents=True)
+    pixels = (photograph("coffee") * 255).astype(np.uint8)
+    for i in range(9):
+        Image.fromarray(pixels[20 * i : 20 * i + 90, 50 : 50 + 120]).save(folder / f"{i}.png")
+    Image.fromarray(pixels[:90, :120]).convert("L").save(folder / "more" / "grey.jpg")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_images_are_resized_and_evenly_spaced(good: Path) -> None:
+    images = read_images(good, (64, 80), count=5)
+    assert images.shape == (5, 3, 64, 80)
+    everything = read_images(good, (64, 80), count=99)
+    assert len(everything) == 10
+    assert torch.equal(images, everything[::2])
+    grey = everything[9]
+    assert torch.equal(grey[0], grey[1])
+    assert 0 <= images.min() < images.max() <= 1
+
+
+def test_every_row_shows_image_paint_mask_and_difference() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    torch.manual_seed(3)
+    picture, shares = draw_paint(images, {"a": PerlinAnomaly(probability=1.0), "b": SuperpixelAnomaly(probability=1.0)})
+    torch.manual_seed(3)
+    outcomes = {"a": PerlinAnomaly(probability=1.0)(images), "b": SuperpixelAnomaly(probability=1.0)(images)}
+    pixels = np.asarray(picture)
+    for i in range(2):
+        expected = [images[i]]
+        for painted, masks in outcomes.values():
+            difference = 2 * (painted[i] - images[i]).abs().amax(dim=0)
+            heat = mpl.colormaps["inferno"](difference.clamp(0, 1).numpy(), bytes=True)[..., :3]
+            expected += [painted[i], masks[i].expand(3, -1, -1), heat]
+        for column, panel in enumerate(expected):
+            if isinstance(panel, torch.Tensor):
+                panel = (panel.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            assert (pixels == panel[0, 0]).all(axis=2).any()
+            assert contains(pixels, panel), (i, column)
+    for name, (_, masks) in outcomes.items():
+        torch.testing.assert_close(shares[name], masks.mean(dim=(1, 2, 3)))
+
+
+def contains(picture: np.ndarray, panel: np.ndarray) -> bool:
+    """Whether the panel stands somewhere in the picture."""
+    height, width = panel.shape[:2]
+    corners = np.argwhere((picture[: -height + 1, : -width + 1] == panel[0, 0]).all(axis=2))
+    return any(np.array_equal(picture[y : y + height, x : x + width], panel) for y, x in corners)
+
+
+def test_the_command_writes_a_picture_and_prints_the_share(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def run(*options: str) -> tuple[np.ndarray, str]:
+        out = tmp_path / "paint.png"
+        main([str(good), "--out", str(out), "--image_size", "64", "80", "--count", "3", *options])
+        return np.asarray(Image.open(out)), capsys.readouterr().out
+
+    picture, output = run()
+    assert picture.shape[0] > 3 * 64
+    assert picture.shape[1] > 7 * 80
+    assert "Perlin paint: " in output
+    assert "superpixel paint: " in output
+    assert "paint.png" in output
+    again, _ = run("--seed", "0")
+    np.testing.assert_array_equal(again, picture)
+    other, _ = run("--seed", "1")
+    assert not np.array_equal(other, picture)
+
+
+def test_the_command_paints_with_the_given_textures_and_opacity(good: Path, tmp_path: Path) -> None:
+    # The painter draws its paint from several sources, so look at many images for the one colour of the textures.
+    (tmp_path / "textures").mkdir()
+    Image.new("RGB", (64, 64), (255, 0, 255)).save(tmp_path / "textures/magenta.png")
+
+    def magenta(*options: str) -> float:
+        out = tmp_path / "paint.png"
+        main([str(good), "--out", str(out), "--image_size", "64", "--count", "10", "--opacity", "1", "1", *options])
+        pixels = np.asarray(Image.open(out)).astype(int)
+        return float((pixels[..., [0, 2]].min(axis=2) - pixels[..., 1] > 100).mean())
+
+    assert magenta("--texture_dir", str(tmp_path / "textures")) > 2 * magenta()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["missing"], "missing does not exist"),
+        (["empty"], "empty holds no image"),
+        (["good", "--out", "nowhere/paint.png"], "nowhere of --out does not exist"),
+        (["good", "--out", "paint.xyz"], "paint.xyz"),
+        (["good", "--image_size", "16"], "16"),
+        (["good", "--image_size", "64", "64", "64"], "64, 64, 64"),
+        (["good", "--count", "0"], "--count.*0"),
+        (["good", "--opacity", "0.9", "0.1"], "opacity.*0.9, 0.1"),
+        (["good", "--texture_dir", "missing"], "missing"),
+        (["broken"], "broken.png as an image"),
+        (["deep"], "deep.png.*8 bits"),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_is_written(
+    change: list[str], message: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    for name in ("empty", "broken", "deep"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken/broken.png").write_bytes((good / "0.png").read_bytes()[:500])
+    Image.fromarray(np.full((64, 64), 3000, np.uint16)).save(tmp_path / "deep/deep.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(change)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert re.search(message, error), error
+    assert not list(tmp_path.glob("p*"))

@@ -30,6 +30,8 @@ from torchvision.transforms.v2 import Normalize, Resize
 
 from .loss import PaperLoss, SegmentationLoss
 from .pseudo_anomaly import PseudoAnomaly, PseudoAnomalyTransform, imitate_faults, vary_illumination
+from .resize import exportable_transform
+from .threshold import MidwayPostProcessor
 from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
 from .visualizer import StageVisualizer
 
@@ -260,8 +262,18 @@ class TwoStageSuperpixel(AnomalibModule):
         if self._trainer is not None and self.trainer.world_size == 1:
             self._random_state = checkpoint.get("two_stage_random_state")
 
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to torch as anomalib does, except that images are resized with antialiasing, as in training."""
+        self._export_antialiasing()
+        return super().to_torch(*args, **kwargs)
+
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's signature
-        """Export to ONNX as anomalib does, at the lowest opset that holds the graph (18) unless told otherwise."""
+        """Export to ONNX as anomalib does, which is also the first step to OpenVINO, with two exceptions.
+
+        Images are resized with antialiasing, as in training, and the opset is the lowest that holds the graph (18)
+        unless told otherwise.
+        """
+        self._export_antialiasing()
         kwargs.setdefault("opset_version", 18)
         return super().to_onnx(*args, **kwargs)
 
@@ -284,6 +296,10 @@ class TwoStageSuperpixel(AnomalibModule):
         """
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
+    def configure_post_processor(self) -> PostProcessor:
+        """Build the default post-processor: anomalib's, with thresholds between two scores instead of on one."""
+        return MidwayPostProcessor()
+
     @classmethod
     def configure_visualizer(cls) -> StageVisualizer:  # type: ignore[override]  # anomalib's own is one of several
         """Build the default visualizer: the stages side by side."""
@@ -295,6 +311,10 @@ class TwoStageSuperpixel(AnomalibModule):
         assert isinstance(batch.image, torch.Tensor)
         self.last_stages = stages = self.model.stages(batch.image)
         return batch.update(anomaly_map=stages.anomaly_map, pred_score=self.model.score(stages.anomaly_map))
+
+    def _export_antialiasing(self) -> None:
+        if self.pre_processor:
+            self.pre_processor.export_transform = exportable_transform(self.pre_processor.transform)
 
     def _continue_random_state(self) -> None:
         """Put the random numbers of a resumed run where its checkpoint left them, once."""

@@ -12,15 +12,17 @@ import math
 from contextlib import nullcontext
 
 import torch
-from kornia.color import rgb_to_lab
 from torch import nn
 from torch.nn import functional
+
+from .color import rgb_to_lab
 
 __all__ = ["Slic", "slic"]
 
 # Squared distance to a centre that does not exist, beyond the image: no pixel chooses it.
 _FAR = 1.0e30
 _OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
+_STEEP = 2.0**100  # above one over the smallest difference of two distances
 
 
 def slic(
@@ -29,7 +31,7 @@ def slic(
     *,
     segment_size: int | None = None,
     compactness: float = 10.0,
-    num_iterations: int = 5,
+    num_iterations: int = 4,
 ) -> torch.Tensor:
     """Segment images into superpixels.
 
@@ -60,7 +62,7 @@ def slic(
     """
     _check_image(image)
     batched = image.ndim == 4
-    images = image if batched else image.unsqueeze(0)
+    images = image.detach() if batched else image.detach().unsqueeze(0)
     height, width = images.shape[-2:]
     size = _resolve_segment_size(height, width, n_segments, segment_size)
     _check_settings(compactness, num_iterations)
@@ -87,7 +89,7 @@ class Slic(nn.Module):
         torch.Size([2, 64, 48])
     """
 
-    def __init__(self, segment_size: int = 16, compactness: float = 10.0, num_iterations: int = 5) -> None:
+    def __init__(self, segment_size: int = 16, compactness: float = 10.0, num_iterations: int = 4) -> None:
         super().__init__()
         if segment_size < 2:
             msg = f"segment_size must be at least 2 pixels, got {segment_size}."
@@ -143,7 +145,9 @@ def _resolve_segment_size(height: int, width: int, n_segments: int | None, segme
         if n_segments < 1:
             msg = f"n_segments must be at least 1, got {n_segments}."
             raise ValueError(msg)
-        return max(1, round(math.sqrt(height * width / n_segments)))
+        size = math.sqrt(height * width / n_segments)
+        # An image thinner than a segment holds a single row of them.
+        return max(1, round(size if size <= min(height, width) else max(height, width) / n_segments))
     # Sizes are symbols while the model is traced for export, where a comparison would freeze them.
     if not torch.compiler.is_compiling() and not 1 <= segment_size <= max(height, width):
         msg = f"segment_size must be between 1 and the longer image side {max(height, width)}, got {segment_size}."
@@ -161,58 +165,59 @@ def _segment(images: torch.Tensor, size: int, compactness: float, num_iterations
     batch, _, height, width = images.shape
     rows, columns = _grid(height, width, size)
     top, left = (rows * size - height) // 2, (columns * size - width) // 2
-    bottom, right = rows * size - height - top, columns * size - width - left
+    border = (left, columns * size - width - left, top, rows * size - height - top)
 
-    features = functional.pad(_features(images, size, compactness), (left, right, top, bottom), mode="replicate")
-    inside = functional.pad(torch.ones_like(features[:, :1, :height, :width]), (left, right, top, bottom))
-    # The last channel carries each pixel's weight, so one product yields sums and counts together.
-    cells = _to_cells(torch.cat([features * inside, inside], dim=1), rows, columns, size)
-    centres = _mean(cells.sum(dim=-1).reshape(batch, rows, columns, -1))
+    colour = rgb_to_lab(images.float().expand(-1, 3, -1, -1)).mul_(1 / compactness)
+    inside = _to_cells(functional.pad(torch.ones_like(colour[:1, :1]), border), rows, columns, size)
+    colour = functional.pad(colour, border, mode="replicate")
+    cells = _to_cells(colour, rows, columns, size)
+    offsets = cells.new_tensor(_OFFSETS)
+    beyond = _neighbours(cells.new_zeros(1, rows, columns, 1), beyond=_FAR).repeat(batch, 1, 1)
 
-    # Centres move on every second pixel of every second row: a quarter of the work, means within half a pixel.
+    # The first centres: the middle of each cell, with the cell's mean colour. Places are relative to that middle.
+    centres = functional.pad(cells.mean(dim=(2, 3)).view(batch, rows, columns, 3), (0, 2))
+
+    # Centres move on one pixel of every two by two: a quarter of the work.
     stride = 2 if size >= 8 else 1
-    sparse = cells.reshape(*cells.shape[:2], size, size)[:, :, ::stride, ::stride].flatten(2)
+    place = _places(size, stride, cells.device)
+    samples = cells[..., ::stride, ::stride].flatten(2)
+    weight = inside[..., ::stride, ::stride].flatten(2).repeat(batch, 1, 1)
+    # Weights come last, so that one product yields sums and counts together.
+    summands = torch.cat([samples * weight, place * weight, weight], dim=1).transpose(1, 2)
     for _ in range(num_iterations):
-        distance = _distances(sparse[:, :-1], centres)
+        member = _nearest(samples, place, centres, offsets, beyond)
         # A pixel halfway between two centres counts for both: no index, no one-hot.
-        member = (distance == distance.amin(dim=1, keepdim=True)).to(sparse.dtype)
-        sums = torch.bmm(member, sparse.transpose(1, 2)).reshape(batch, rows, columns, 9, -1)
-        centres = _collect(sums, centres)
+        centres = _move(torch.bmm(member, summands), centres, offsets)
 
-    offsets = torch.tensor([dy for dy, _ in _OFFSETS], device=images.device) * columns
-    offsets = offsets + torch.tensor([dx for _, dx in _OFFSETS], device=images.device)
-    home = torch.arange(rows * columns, device=images.device).repeat(batch).unsqueeze(1)
-    padded = _to_cells(features, rows, columns, size)
-    # min() with indices is several times faster than argmin() over a strided dimension on a CPU.
-    labels = home + offsets[_distances(padded, centres).min(dim=1).indices]
+    member = _nearest(cells.flatten(2), _places(size, 1, cells.device), centres, offsets, beyond)
+    # The way from a cell's own number to each of the nine, raised above zero: the product's highest entry is the one
+    # way taken. Several times faster than argmin() over a strided dimension.
+    way = offsets @ offsets.new_tensor([columns, 1.0]) + (columns + 2)
+    home = torch.arange(-columns - 2, (rows - 1) * columns - 2, device=cells.device).repeat(batch).unsqueeze(1)
+    labels = home + member.mul_(way.view(9, 1)).amax(dim=1).long()
     labels = labels.reshape(batch, rows, columns, size, size).transpose(2, 3)
     labels = labels.reshape(batch, rows * size, columns * size)
     return labels[:, top : top + height, left : left + width]
 
 
-def _features(images: torch.Tensor, size: int, compactness: float) -> torch.Tensor:
-    """CIELAB over compactness and position over segment size, ``(B, 5, H, W)`` float32."""
-    height, width = images.shape[-2:]
-    images = images.float().expand(-1, 3, -1, -1)
-    y = (torch.arange(height, device=images.device, dtype=torch.float32) / size).view(1, 1, height, 1)
-    x = (torch.arange(width, device=images.device, dtype=torch.float32) / size).view(1, 1, 1, width)
-    shape = (images.shape[0], 1, height, width)
-    return torch.cat([rgb_to_lab(images) / compactness, y.expand(shape), x.expand(shape)], dim=1)
+def _places(size: int, stride: int, device: torch.device) -> torch.Tensor:
+    """Row and column of a cell's pixels from its middle, in segment sizes: ``(2, pixels)`` float32.
+
+    With a stride, each pixel stands for its neighbours up to the next one, and so for their common middle.
+    """
+    place = torch.arange(0, size, stride, device=device, dtype=torch.float32)
+    place = (place - (place[-1] / 2)) / size
+    return torch.stack([place.repeat_interleave(len(place)), place.repeat(len(place))])
 
 
 def _to_cells(values: torch.Tensor, rows: int, columns: int, size: int) -> torch.Tensor:
-    """Regroup ``(B, C, rows * size, columns * size)`` by cell: ``(B * rows * columns, C, size * size)``."""
+    """Regroup ``(B, C, rows * size, columns * size)`` by cell: ``(B * rows * columns, C, size, size)``."""
     batch, channels = values.shape[:2]
     values = values.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
-    return values.reshape(batch * rows * columns, channels, size * size)
+    return values.reshape(batch * rows * columns, channels, size, size)
 
 
-def _mean(sums: torch.Tensor) -> torch.Tensor:
-    """Means from sums ``(..., C + 1)`` whose last entry is the count."""
-    return sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
-
-
-def _neighbours(centres: torch.Tensor, beyond: float) -> torch.Tensor:
+def _neighbours(centres: torch.Tensor, beyond: float = 0.0) -> torch.Tensor:
     """What belongs to the nine centres that compete for each cell, ``(B * rows * columns, 9, C)``."""
     rows, columns = centres.shape[1:3]
     padded = functional.pad(centres, (0, 0, 1, 1, 1, 1), value=beyond)
@@ -220,23 +225,42 @@ def _neighbours(centres: torch.Tensor, beyond: float) -> torch.Tensor:
     return torch.stack(views, dim=3).flatten(0, 2)
 
 
-def _distances(cells: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Squared distance of each pixel to its nine centres, ``(B * rows * columns, 9, size * size)``.
+def _nearest(
+    colour: torch.Tensor,
+    place: torch.Tensor,
+    centres: torch.Tensor,
+    offsets: torch.Tensor,
+    beyond: torch.Tensor,
+) -> torch.Tensor:
+    """1 for the nearest of the nine centres of each pixel, 0 for the others, ``(B * rows * columns, 9, pixels)``.
 
-    It lacks the pixel's own square, which is the same for all nine.
+    Squared distances lack the pixel's own square, which is the same for all nine. Colours are taken relative to the
+    mean of the nine centres, and places relative to the middle of the cell, so that the products stay small and hardly
+    lose to reduced precision.
     """
-    square = _neighbours(centres.square().sum(dim=-1, keepdim=True), beyond=_FAR)
-    return torch.baddbmm(square, _neighbours(centres, beyond=0.0), cells, alpha=-2.0)
+    near = _neighbours(centres)
+    hue, spot = near[..., :3], near[..., 3:] + offsets
+    mean = hue.mean(dim=1, keepdim=True)
+    hue = hue - mean
+    square = ((hue + 2 * mean) * hue).sum(dim=-1, keepdim=True) + spot.square().sum(dim=-1, keepdim=True) + beyond
+    distance = torch.addmm(square.flatten(0, 1), spot.flatten(0, 1), place, alpha=-2.0)
+    # In place from here on: fresh memory of this size costs as much as the arithmetic.
+    distance = distance.view(-1, 9, place.shape[1]).baddbmm_(hue, colour, alpha=-2.0)
+    # The lowest minus itself is zero, the others fall below by so much that only the lowest is left. A comparison
+    # would take ten times as long.
+    return distance.sub_(distance.amin(dim=1, keepdim=True)).mul_(-_STEEP).add_(1.0).clamp_min_(0.0)
 
 
-def _collect(sums: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """Add up each centre's share in its nine cells and move the centre to the mean; without pixels it stays."""
-    rows, columns = centres.shape[1:3]
+def _move(sums: torch.Tensor, centres: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Move each centre to the mean of its pixels in its nine cells; without pixels it stays."""
+    batch, rows, columns, _ = centres.shape
+    colour, place, count = sums.split((3, 2, 1), dim=-1)
+    sums = torch.cat([colour, place - offsets * count, count], dim=-1).view(batch, rows, columns, 9, 6)
     padded = functional.pad(sums, (0, 0, 0, 0, 1, 1, 1, 1))
     total = torch.zeros_like(sums[:, :, :, 0])
     for k, (dy, dx) in enumerate(_OFFSETS):
         total = total + padded[:, 1 - dy : 1 - dy + rows, 1 - dx : 1 - dx + columns, k]
-    return torch.where(total[..., -1:] > 0, _mean(total), centres)
+    return torch.where(total[..., -1:] > 0, total[..., :-1] / total[..., -1:].clamp_min(1.0), centres)
 
 
 def _dense_labels(labels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -25,12 +25,15 @@ def perlin_noise(y: torch.Tensor, x: torch.Tensor, gradients: torch.Tensor) -> t
     rows, columns = gradients.shape[1:3]
     top, left = y.floor(), x.floor()
     fraction_y, fraction_x = y - top, x - left
-    row, column = top.long(), left.long()
+    # With its first row and column once more at the end, the lattice repeats without a division per corner.
+    gradients = torch.cat([gradients, gradients[:, :1]], dim=1)
+    gradients = torch.cat([gradients, gradients[:, :, :1]], dim=2)
+    home = (top.long().remainder(rows) * (columns + 1) + left.long().remainder(columns)).flatten(1)
     flat = gradients.flatten(1, 2)
     gradient_y, gradient_x = flat[..., 0].contiguous(), flat[..., 1].contiguous()
 
     def corner(down: int, right: int) -> torch.Tensor:
-        index = ((row + down).remainder(rows) * columns + (column + right).remainder(columns)).flatten(1)
+        index = home + (down * (columns + 1) + right)
         dy, dx = gradient_y.gather(1, index).view_as(y), gradient_x.gather(1, index).view_as(x)
         return dy * (fraction_y - down) + dx * (fraction_x - right)
 

@@ -294,7 +294,7 @@ def _interest(images: torch.Tensor) -> torch.Tensor:
 
 
 def _squared_length(difference: torch.Tensor) -> torch.Tensor:
-    """Squared CIE76 delta E ``(B, 1, H, W)`` of a difference in CIELAB; norm() over channels takes ten times as long."""
+    """Squared CIE76 delta E ``(B, 1, H, W)`` of a difference in CIELAB; norm() takes ten times as long."""
     return difference.square().sum(dim=1, keepdim=True)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from anomalib_twostage.pseudo_anomaly import PerlinAnomaly, PseudoAnomaly, SuperpixelAnomaly
     from anomalib_twostage.refiner import SuperpixelRefiner
     from anomalib_twostage.slic import Slic, slic
+    from anomalib_twostage.superpixel_post_processor import SuperpixelPostProcessor
     from anomalib_twostage.torch_model import TwoStageSuperpixelModel
     from anomalib_twostage.unet import UNet
     from anomalib_twostage.visualizer import StageVisualizer
@@ -48,6 +49,7 @@ __all__ = [
     "Slic",
     "StageVisualizer",
     "SuperpixelAnomaly",
+    "SuperpixelPostProcessor",
     "SuperpixelRefiner",
     "TwoStageSuperpixel",
     "TwoStageSuperpixelModel",
@@ -66,6 +68,7 @@ _SUBMODULES = {
     "Slic": "slic",
     "StageVisualizer": "visualizer",
     "SuperpixelAnomaly": "pseudo_anomaly",
+    "SuperpixelPostProcessor": "superpixel_post_processor",
     "SuperpixelRefiner": "refiner",
     "TwoStageSuperpixel": "lightning_model",
     "TwoStageSuperpixelModel": "torch_model",

@@ -10,6 +10,7 @@ for the host, and the graph exports.
 
 import math
 from contextlib import nullcontext
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ __all__ = ["Slic", "slic"]
 # Squared distance to a centre that does not exist, beyond the image: no pixel chooses it.
 _FAR = 1.0e30
 _OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
+_LEAST_COMPACTNESS = 1e-6
 _STEEP = 2.0**100  # above one over the smallest difference of two distances
 
 
@@ -40,18 +42,20 @@ def slic(
     enforced: a segment is compact, but a few of its pixels may be islands.
 
     Args:
-        image: RGB or grey images ``(B, C, H, W)`` or ``(C, H, W)``, ``C`` 1 or 3, floating point in [0, 1].
+        image: RGB or grey images ``(B, C, H, W)`` or ``(C, H, W)``, ``C`` 1 or 3, floating point in [0, 1]. Values
+            outside are clamped, and NaN counts as 0.
         n_segments: Wanted number of segments per image; the outcome is close to it, as in scikit-image.
             Give either this or ``segment_size``; with neither, 100.
         segment_size: Wanted side of a segment in pixels.
-        compactness: Weight of position against colour; 10 suits most images.
+        compactness: Weight of position against colour, at least 1e-6; 10 suits most images.
         num_iterations: Rounds of k-means.
 
     Returns:
-        Labels, int64, ``(B, H, W)`` or ``(H, W)``: per image, every number from 0 to the highest is in use.
+        Labels, int64, ``(B, H, W)`` or ``(H, W)``: per image, every number from 0 to the highest is in use. An empty
+        batch has empty labels.
 
     Raises:
-        TypeError: If the image is not a floating-point tensor.
+        TypeError: If the image is not a floating-point tensor, or a number that must be whole is not.
         ValueError: If the shape, the number or size of segments, the compactness or the number of iterations is
             out of range.
 
@@ -66,6 +70,10 @@ def slic(
     height, width = images.shape[-2:]
     size = _resolve_segment_size(height, width, n_segments, segment_size)
     _check_settings(compactness, num_iterations)
+    if not torch.compiler.is_compiling() and len(images) == 0:
+        return torch.empty(0, height, width, dtype=torch.int64, device=image.device)
+    # A single NaN would become labels that no segment has, and on a GPU such an index ends the whole process.
+    images = images.clamp(0, 1).nan_to_num(0.0)
     # Reduced precision moves pixels between segments. An export traces no autocast, and could not hold one.
     autocast = torch.is_autocast_enabled(image.device.type)
     with torch.autocast(image.device.type, enabled=False) if autocast else nullcontext():
@@ -82,6 +90,7 @@ class Slic(nn.Module):
         num_iterations: Rounds of k-means.
 
     Raises:
+        TypeError: If a number that must be whole is not.
         ValueError: If an argument is out of range.
 
     Example:
@@ -91,6 +100,7 @@ class Slic(nn.Module):
 
     def __init__(self, segment_size: int = 16, compactness: float = 10.0, num_iterations: int = 4) -> None:
         super().__init__()
+        _check_whole("segment_size", segment_size)
         if segment_size < 2:
             msg = f"segment_size must be at least 2 pixels, got {segment_size}."
             raise ValueError(msg)
@@ -119,18 +129,32 @@ class Slic(nn.Module):
 
 
 def _check_image(image: torch.Tensor) -> None:
+    if not isinstance(image, torch.Tensor):
+        msg = f"image must be a tensor, got {type(image).__name__}."
+        raise TypeError(msg)
     if not image.is_floating_point():
         msg = f"image must be floating point in [0, 1], got {image.dtype}; divide integers by their maximum first."
         raise TypeError(msg)
     if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
         msg = f"image must be (B, C, H, W) or (C, H, W) with 1 or 3 channels, got shape {tuple(image.shape)}."
         raise ValueError(msg)
+    if not torch.compiler.is_compiling() and min(image.shape[-2:]) < 1:
+        msg = f"image must be at least one pixel high and wide, got shape {tuple(image.shape)}."
+        raise ValueError(msg)
+
+
+def _check_whole(name: str, value: int) -> None:
+    if not isinstance(value, Integral):
+        msg = f"{name} must be a whole number, got {value!r}."
+        raise TypeError(msg)
 
 
 def _check_settings(compactness: float, num_iterations: int) -> None:
-    if not compactness > 0:
-        msg = f"compactness must be above 0, got {compactness}."
+    # Below this bound distances leave the range of float32.
+    if not compactness >= _LEAST_COMPACTNESS:
+        msg = f"compactness must be at least {_LEAST_COMPACTNESS}, got {compactness}."
         raise ValueError(msg)
+    _check_whole("num_iterations", num_iterations)
     if num_iterations < 0:
         msg = f"num_iterations must be 0 or more, got {num_iterations}."
         raise ValueError(msg)
@@ -142,12 +166,14 @@ def _resolve_segment_size(height: int, width: int, n_segments: int | None, segme
         raise ValueError(msg)
     if segment_size is None:
         n_segments = 100 if n_segments is None else n_segments
+        _check_whole("n_segments", n_segments)
         if n_segments < 1:
             msg = f"n_segments must be at least 1, got {n_segments}."
             raise ValueError(msg)
         size = math.sqrt(height * width / n_segments)
         # An image thinner than a segment holds a single row of them.
         return max(1, round(size if size <= min(height, width) else max(height, width) / n_segments))
+    _check_whole("segment_size", segment_size)
     # Sizes are symbols while the model is traced for export, where a comparison would freeze them.
     if not torch.compiler.is_compiling() and not 1 <= segment_size <= max(height, width):
         msg = f"segment_size must be between 1 and the longer image side {max(height, width)}, got {segment_size}."

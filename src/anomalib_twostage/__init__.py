@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from anomalib_twostage.loss import PaperLoss, SegmentationLoss
     from anomalib_twostage.pseudo_anomaly import PerlinAnomaly, PseudoAnomaly, SuperpixelAnomaly
     from anomalib_twostage.refiner import SuperpixelRefiner
+    from anomalib_twostage.regions import Region, RegionWriter, find_regions, write_regions
     from anomalib_twostage.slic import Slic, slic
     from anomalib_twostage.superpixel_post_processor import SuperpixelPostProcessor
     from anomalib_twostage.torch_model import TwoStageSuperpixelModel
@@ -44,6 +45,8 @@ __all__ = [
     "PaperLoss",
     "PerlinAnomaly",
     "PseudoAnomaly",
+    "Region",
+    "RegionWriter",
     "SampleTextures",
     "SegmentationLoss",
     "Slic",
@@ -55,7 +58,9 @@ __all__ = [
     "TwoStageSuperpixelModel",
     "UNet",
     "__version__",
+    "find_regions",
     "slic",
+    "write_regions",
 ]
 
 # Every program that imports torch imports this file (see plugin.py), so the names are resolved on first use.
@@ -63,6 +68,8 @@ _SUBMODULES = {
     "PaperLoss": "loss",
     "PerlinAnomaly": "pseudo_anomaly",
     "PseudoAnomaly": "pseudo_anomaly",
+    "Region": "regions",
+    "RegionWriter": "regions",
     "SampleTextures": "data",
     "SegmentationLoss": "loss",
     "Slic": "slic",
@@ -73,7 +80,9 @@ _SUBMODULES = {
     "TwoStageSuperpixel": "lightning_model",
     "TwoStageSuperpixelModel": "torch_model",
     "UNet": "unet",
+    "find_regions": "regions",
     "slic": "slic",
+    "write_regions": "regions",
 }
 
 

@@ -62,6 +62,7 @@ class UNet(nn.Module):
         if stem_stride not in (1, 2):
             msg = f"stem_stride must be 1 (full resolution) or 2 (half resolution), got {stem_stride}."
             raise ValueError(msg)
+        self.in_channels = in_channels
         self.widths = tuple(widths)
         self.stem_stride = stem_stride
         self.encoder = nn.ModuleList([ConvBlock(in_channels, widths[0], stride=stem_stride)])
@@ -85,8 +86,15 @@ class UNet(nn.Module):
             images: ``(B, in_channels, H, W)``, any ``H`` and ``W`` from :attr:`minimum_size` up.
 
         Returns:
-            Logits ``(B, 1, H, W)``, unbounded.
+            Logits ``(B, 1, H, W)``, unbounded. NaN stays NaN, within its own image.
+
+        Raises:
+            TypeError: If the images are not of the network's floating-point type.
+            ValueError: If their shape, number of channels or size is not as above.
         """
+        # Sizes are symbols while the network is traced for export, where a comparison would freeze them.
+        if not torch.compiler.is_compiling():
+            self._check(images)
         features = self.encoder[0](images.contiguous(memory_format=torch.channels_last))
         skips = [features]
         for block in self.encoder[1:]:
@@ -99,3 +107,24 @@ class UNet(nn.Module):
         if self.stem_stride > 1:
             logits = functional.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return logits
+
+    def _check(self, images: torch.Tensor) -> None:
+        if not isinstance(images, torch.Tensor):
+            msg = f"Images must be a tensor, got {type(images).__name__}."
+            raise TypeError(msg)
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            msg = f"Images must be (B, {self.in_channels}, H, W), got shape {tuple(images.shape)}."
+            raise ValueError(msg)
+        if min(images.shape[-2:]) < self.minimum_size:
+            height, width = images.shape[-2:]
+            msg = (
+                f"Images of {height} x {width} pixels are too small for a network of {len(self.widths)} levels: "
+                f"enlarge them to at least {self.minimum_size} x {self.minimum_size}."
+            )
+            raise ValueError(msg)
+        # Autocast converts float32, float16 and bfloat16 into each other, but not float64.
+        own = self.head.weight.dtype
+        converted = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64
+        if not images.is_floating_point() or (images.dtype != own and not converted):
+            msg = f"Images must be {own} in [0, 1] like the network's weights, got {images.dtype}: convert them."
+            raise TypeError(msg)

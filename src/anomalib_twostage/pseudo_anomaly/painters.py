@@ -221,6 +221,8 @@ class SuperpixelAnomaly(PseudoAnomalyTransform):
         """Draw where to paint: bool ``(B, 1, H, W)``."""
         batch, _, height, width = images.shape
         device = images.device
+        if height == width == 1:  # nothing to cut
+            return torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
         picked = self.textures[torch.randint(len(self.textures), (batch,), device=self.textures.device)].to(device)
         foreign = move(picked.float() / 255, height, width)
         own = choose(batch, 0.5, device=device)

@@ -165,6 +165,36 @@ def test_with_nothing_selected_stage_two_has_no_say() -> None:
         assert torch.equal(learn(model)(images).anomaly_map, before)
 
 
+@BOTH_GATES
+@pytest.mark.parametrize("blank", [(0,), (1, 2), (0, 1, 2), ()], ids=str)
+def test_stage_two_runs_for_images_with_a_selection_only_and_nothing_else_changes(
+    gate: str, blank: tuple[int, ...]
+) -> None:
+    images, model = pictures(3), make_model(gate)
+    model.start_stage_two()
+    learn(model)
+    seen: list[int] = []
+    model.stage_two.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        logits = model.stage_one(images)
+        logits[list(blank)] = -20.0
+        found = model.stages(images, logits)
+        assert sum(seen) == 3 - len(blank)
+        assert found.stage_two_logits is not None
+        assert not found.stage_two_logits[list(blank)].any()
+        model._stage_two_logits = lambda seen, _: model.stage_two(seen).float()  # the full path
+        torch.testing.assert_close(found.anomaly_map, model.stages(images, logits).anomaly_map, atol=1e-6, rtol=0)
+
+
+def test_in_training_stage_two_sees_every_image() -> None:
+    images, model = pictures(3), make_model("average")
+    model.start_stage_two()
+    model.train()
+    maps = model.stages(images, torch.full((3, 1, 48, 56), -20.0))
+    assert maps.stage_two_logits is not None
+    assert (maps.stage_two_logits.flatten(1).std(dim=1) > 0).all()
+
+
 def test_with_the_average_gate_stage_two_begins_as_the_equal_of_stage_one() -> None:
     model, images = make_model("average"), pictures()
     model.start_stage_two()

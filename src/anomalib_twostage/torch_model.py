@@ -26,7 +26,8 @@ class StageMaps(NamedTuple):
         pooled_map: Stage one's map averaged over each superpixel, ``(B, 1, H, W)`` float32 in [0, 1].
         selected: 1 where a superpixel was selected, ``(B, 1, H, W)`` float32.
         refined_image: The image where selected, zero elsewhere, ``(B, C, H, W)``.
-        stage_two_logits: What stage two's loss is taken on, ``(B, 1, H, W)``; ``None`` before stage two.
+        stage_two_logits: What stage two's loss is taken on, ``(B, 1, H, W)``; ``None`` before stage two, and in
+            evaluation zero for images of which nothing is selected, because stage two does not run for them.
         anomaly_map: The final map, ``(B, 1, H, W)`` float32 in [0, 1].
     """
 
@@ -153,13 +154,13 @@ class TwoStageSuperpixelModel(nn.Module):
         if self.gate == "hard":
             anomaly_map = stage_one_map
             if self.stage == 2:
-                stage_two_logits = self.stage_two(refined.image).float()
+                stage_two_logits = self._stage_two_logits(refined.image, refined.selected)
                 anomaly_map = stage_two_logits.sigmoid() * refined.selected
         else:
             anomaly_map = (stage_one_map + refined.pooled) / 2
             if self.stage == 2:
                 seen = torch.cat([images, stage_one_map.to(images.dtype), refined.pooled.to(images.dtype)], dim=1)
-                stage_two_logits = self.stage_two(seen).float()
+                stage_two_logits = self._stage_two_logits(seen, refined.selected)
                 anomaly_map = torch.lerp(anomaly_map, stage_two_logits.sigmoid(), refined.selected / 2)
         return StageMaps(
             stage_one_logits=stage_one_logits,
@@ -171,6 +172,21 @@ class TwoStageSuperpixelModel(nn.Module):
             stage_two_logits=stage_two_logits,
             anomaly_map=anomaly_map,
         )
+
+    def _stage_two_logits(self, seen: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+        """Logits of stage two ``(B, 1, H, W)``; in evaluation zero for images of which nothing is selected.
+
+        Stage two has no say there, so it does not run for them: on a production line most images are good. That asks
+        the device what was selected, which a traced graph and a recorded CUDA graph cannot.
+        """
+        recording = selected.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.training or torch.compiler.is_compiling() or recording:
+            return self.stage_two(seen).float()
+        chosen = selected.flatten(1).any(dim=1).nonzero().flatten()
+        if len(chosen) == len(seen):
+            return self.stage_two(seen).float()
+        logits = torch.zeros_like(selected)
+        return logits if len(chosen) == 0 else logits.index_copy(0, chosen, self.stage_two(seen[chosen]).float())
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Detect anomalies.

@@ -176,9 +176,18 @@ class TwoStageSuperpixelModel(nn.Module):
     def _stage_two_logits(self, seen: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
         """Logits of stage two ``(B, 1, H, W)``; in evaluation zero for images of which nothing is selected.
 
-        Stage two has no say there, so it does not run for them: on a production line most images are good. That asks
-        the device what was selected, which a traced graph and a recorded CUDA graph cannot.
+        Stage two has no say there, so it does not run for them: on a production line most images are good. An exported
+        graph decides for the whole batch. A CUDA graph that is being recorded cannot ask the device, and runs it all.
         """
+        if torch.compiler.is_exporting() and not self.training:
+            touched = selected.amax(dim=(0, 1, 2, 3)) > 0
+            logits: torch.Tensor = torch.cond(
+                touched,
+                lambda seen, _: self.stage_two(seen).float(),
+                lambda _, selected: torch.zeros_like(selected),
+                (seen, selected),
+            )
+            return logits
         recording = selected.is_cuda and torch.cuda.is_current_stream_capturing()
         if self.training or torch.compiler.is_compiling() or recording:
             return self.stage_two(seen).float()

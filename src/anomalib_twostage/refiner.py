@@ -72,7 +72,8 @@ def _check(values: torch.Tensor, labels: torch.Tensor) -> None:
 class SuperpixelRefiner(nn.Module):
     """Select the superpixels that stage one touched and blank the rest of the image.
 
-    With nothing above the threshold (a clean image, or a defect that stage one missed entirely) nothing is
+    A superpixel whose mean is NaN is selected, so that what cannot be judged does not pass for good. With nothing
+    above the threshold (a clean image, or a defect that stage one missed entirely) nothing is
     selected and the refined image is all zero.
 
     Args:
@@ -131,7 +132,8 @@ class SuperpixelRefiner(nn.Module):
         pooled = superpixel_mean(anomaly_map, labels, max_segments)
         touched = (anomaly_map >= self.threshold).float()
         rim = functional.max_pool2d(touched, kernel_size=2 * self.margin + 1, stride=1, padding=self.margin)
-        selected = torch.maximum((pooled >= self.threshold).float(), rim)
+        # Put this way, a superpixel of NaN is selected: it must not pass for good.
+        selected = torch.maximum(1 - (pooled < self.threshold).float(), rim)
         return RefinedImage(image=images * selected.to(images.dtype), selected=selected, pooled=pooled)
 
     def extra_repr(self) -> str:

@@ -226,7 +226,8 @@ def test_a_checkpoint_cannot_run_code(dataset: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / "executed",)
 
-    torch.save({"state_dict": {}, "hyper_parameters": Payload()}, tmp_path / "evil.ckpt")
+    content = {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "hyper_parameters": Payload()}
+    torch.save(content, tmp_path / "evil.ckpt")
     with pytest.raises(pickle.UnpicklingError):
         TwoStageSuperpixel.load_from_checkpoint(tmp_path / "evil.ckpt")
     with pytest.raises(pickle.UnpicklingError):

@@ -9,6 +9,7 @@ Model", EasyChair preprint, 2022.
 """
 
 import math
+import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,13 +24,17 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Normalize, Resize
 
+from .checkpoint import VerifiedCheckpointIO, check_checkpoint, refused
 from .loss import PaperLoss, SegmentationLoss
 from .pseudo_anomaly import PseudoAnomaly, PseudoAnomalyTransform, imitate_faults, vary_illumination
+from .quantization import quantize_networks_only
 from .resize import exportable_transform
 from .threshold import MidwayPostProcessor
 from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
@@ -142,6 +147,12 @@ class TwoStageSuperpixel(AnomalibModule):
                 raise ValueError(msg)
             if self.input_size is not None:
                 self._check_size(*self.input_size)
+        strategy = self.trainer.strategy
+        if isinstance(strategy.checkpoint_io, TorchCheckpointIO):
+            strategy.checkpoint_io = VerifiedCheckpointIO(strategy.checkpoint_io)
+        if isinstance(strategy, DDPStrategy):
+            # One stage rests while the other learns. Said here, since Lightning has no public way and wraps soon.
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit":
             self.painter = PseudoAnomaly(probability=self.paint_probability, texture_dir=self.texture_dir)
 
@@ -150,12 +161,18 @@ class TwoStageSuperpixel(AnomalibModule):
         if stage == "fit":
             self.painter = None
         self.last_stages = None
+        strategy = self.trainer.strategy
+        if isinstance(strategy.checkpoint_io, VerifiedCheckpointIO):
+            strategy.checkpoint_io = strategy.checkpoint_io.checkpoint_io
 
     def on_train_start(self) -> None:
-        """See whether the datamodule paints."""
+        """See whether the datamodule paints, and let each process paint differently."""
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         augmentations = getattr(dataset, "augmentations", None)
         self._images_come_painted = bool(extract_transforms_by_type(augmentations, PseudoAnomalyTransform))
+        if self.trainer.world_size > 1:  # all processes start from one seed
+            done = self.trainer.world_size * self.trainer.global_step
+            torch.manual_seed((torch.initial_seed() + done + self.global_rank) % 2**63)
 
     def on_fit_start(self) -> None:
         """Continue the random numbers of a resumed run, if the optimiser was configured elsewhere."""
@@ -211,10 +228,11 @@ class TwoStageSuperpixel(AnomalibModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over both stages; per stage, the learning rate warms up and falls along a cosine.
 
-        A stage whose turn it is not has no gradients, and AdamW passes it over.
+        A stage whose turn it is not has no gradients, and AdamW passes it over. A run of a single step, as that of
+        ``fast_dev_run``, trains stage one alone.
 
         Raises:
-            ValueError: If the run has no end or fewer than two steps, so that it cannot be shared out.
+            ValueError: If the run has no end, so that it cannot be shared out.
         """
         # The budget asks for the data loader, whose first act is to draw the order of the images.
         self._continue_random_state()
@@ -228,6 +246,32 @@ class TwoStageSuperpixel(AnomalibModule):
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=1e-4)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # anomalib's signature, with what is passed on left open
+        cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any
+    ) -> "TwoStageSuperpixel":
+        """Load a trained model. No code from the checkpoint runs, unless ``weights_only=False`` asks for it.
+
+        Args:
+            checkpoint_path: File of Lightning's checkpoint.
+            args: As in anomalib.
+            kwargs: As in anomalib; further arguments replace those that the model was made with.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is half-written, damaged or no checkpoint, or of another variant than asked for.
+            pickle.UnpicklingError: If the file holds other objects than weights and plain values.
+        """
+        if isinstance(checkpoint_path, str | Path) and "://" not in str(checkpoint_path):
+            check_checkpoint(checkpoint_path)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
+        except pickle.UnpicklingError as error:
+            raise refused(checkpoint_path) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random state with the checkpoint, so that a resumed run paints what it would have painted."""
@@ -311,6 +355,11 @@ class TwoStageSuperpixel(AnomalibModule):
         assert isinstance(batch.image, torch.Tensor)
         self.last_stages = stages = self.model.stages(batch.image)
         return batch.update(anomaly_map=stages.anomaly_map, pred_score=self.model.score(stages.anomaly_map))
+
+    def _compress_ov_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compress an OpenVINO model as anomalib does, but quantise nothing besides the two networks."""
+        with quantize_networks_only(model):
+            return super()._compress_ov_model(model, *args, **kwargs)
 
     def _export_antialiasing(self) -> None:
         if self.pre_processor:

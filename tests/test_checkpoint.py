@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+import errno
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from anomalib_twostage import TwoStageSuperpixel
+from anomalib_twostage.checkpoint import VerifiedCheckpointIO, check_checkpoint
+
+from .integration.conftest import write_dataset
+from .test_lightning_model import make_data, make_engine, make_model
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def sound(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as the training writes it."""
+    folder = tmp_path_factory.mktemp("trained")
+    engine = make_engine(folder, max_steps=2, max_epochs=-1, limit_val_batches=0)
+    engine.fit(make_model(), datamodule=make_data(dataset))
+    (path,) = folder.rglob("*.ckpt")
+    return path
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+def damage(kind: str, sound: Path, path: Path, trace: Path) -> None:
+    whole = sound.read_bytes()
+    middle = len(whole) // 2
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "half":
+        path.write_bytes(whole[:middle])
+    elif kind == "all but the last bytes":
+        path.write_bytes(whole[:-30])
+    elif kind == "one bit":
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "bare weights":
+        torch.save(torch.load(sound, weights_only=True)["state_dict"], path)
+    elif kind == "a list":
+        torch.save([1, 2], path)
+    elif kind == "code":
+        torch.save({**torch.load(sound, weights_only=True), "extra": Payload(trace)}, path)
+    elif kind == "code in the old format":
+        content = {"state_dict": Payload(trace), "pytorch-lightning_version": "2.6.6"}
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+    elif kind == "bare pickle":
+        path.write_bytes(pickle.dumps(Payload(trace)))
+
+
+DAMAGES = {
+    "empty": (ValueError, "half-written"),
+    "half": (ValueError, "half-written"),
+    "all but the last bytes": (ValueError, "half-written"),
+    "one bit": (ValueError, "damaged"),
+    "text": (ValueError, "half-written or no checkpoint"),
+    "bare weights": (ValueError, "no checkpoint of a training"),
+    "a list": (ValueError, "no checkpoint of a training"),
+    "missing": (FileNotFoundError, "does not exist"),
+    "code": (pickle.UnpicklingError, "could run code"),
+    "code in the old format": (ValueError, "half-written or no checkpoint"),
+    "bare pickle": (ValueError, "half-written or no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("environment", ["", "1"], ids=["", "code allowed"])
+def test_a_bad_checkpoint_is_named_and_runs_no_code(
+    kind: str, environment: str, sound: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Makes PyTorch load code wherever it is not told otherwise in so many words.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", environment)
+    path, trace = tmp_path / f"{kind}.ckpt", tmp_path / "executed"
+    damage(kind, sound, path, trace)
+    error, words = DAMAGES[kind]
+    data = make_data(dataset)
+    engine = make_engine(tmp_path / "results", max_steps=3, max_epochs=-1, limit_val_batches=0)
+    for load in (
+        lambda: TwoStageSuperpixel.load_from_checkpoint(path),
+        lambda: engine.fit(make_model(), datamodule=data, ckpt_path=path),
+        lambda: engine.validate(make_model(), datamodule=data, ckpt_path=path),
+        lambda: engine.test(make_model(), datamodule=data, ckpt_path=path),
+        lambda: engine.predict(make_model(), datamodule=data, ckpt_path=path),
+        lambda: engine.export(make_model(), export_type="torch", ckpt_path=path),
+    ):
+        with pytest.raises(error, match=f"{path}.*{words}"):
+            load()
+    assert not trace.exists()
+
+
+def test_a_checkpoint_cannot_name_a_function_to_build_the_model_with(sound: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(sound, weights_only=True)
+    checkpoint["hyper_parameters"]["_instantiator"] = "os.path.join"
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"os\.path\.join"):
+        TwoStageSuperpixel.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_sound_checkpoint_passes(sound: Path) -> None:
+    check_checkpoint(sound)
+    check_checkpoint(str(sound))
+    assert TwoStageSuperpixel.load_from_checkpoint(sound).variant == "small"
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def copy_and_die(source: str, target: str) -> None:
+        """What a move to another file system does, killed half-way."""
+        content = Path(source).read_bytes()
+        Path(target).write_bytes(content[: len(content) // 2])
+        raise Killed
+
+    plugin, path = VerifiedCheckpointIO(TorchCheckpointIO()), tmp_path / "model.ckpt"
+    old = {"pytorch-lightning_version": "2.6.6", "state_dict": {"a": torch.ones(1000)}}
+    plugin.save_checkpoint(old, path)
+    monkeypatch.setattr(shutil, "move", copy_and_die)
+    with pytest.raises(Killed):
+        plugin.save_checkpoint({**old, "state_dict": {"a": torch.zeros(1000)}}, path)
+    assert torch.equal(plugin.load_checkpoint(path)["state_dict"]["a"], torch.ones(1000))
+    monkeypatch.undo()
+    plugin.save_checkpoint({**old, "state_dict": {"a": torch.zeros(1000)}}, path)
+    assert torch.equal(plugin.load_checkpoint(path)["state_dict"]["a"], torch.zeros(1000))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+def test_a_full_disk_is_an_error_that_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plugin, path = VerifiedCheckpointIO(TorchCheckpointIO()), tmp_path / "model.ckpt"
+    plugin.save_checkpoint({"pytorch-lightning_version": "2.6.6", "state_dict": {}}, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(shutil, "move", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        plugin.save_checkpoint({"pytorch-lightning_version": "2.6.6", "state_dict": {"a": torch.ones(9)}}, path)
+    assert path.read_bytes() == before
+
+
+def test_the_engine_gets_its_own_plugin_back(dataset: Path, tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, max_steps=2, max_epochs=-1, limit_val_batches=0)
+    engine.fit(make_model(), datamodule=make_data(dataset))
+    assert isinstance(engine.trainer.strategy.checkpoint_io, TorchCheckpointIO)
+
+
+def test_an_unfinished_write_is_beside_the_checkpoint_and_no_checkpoint(sound: Path, tmp_path: Path) -> None:
+    # `*.ckpt` must not find it.
+    plugin = VerifiedCheckpointIO(TorchCheckpointIO())
+    seen = []
+
+    class Spy(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+            seen.append(Path(path))
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    plugin.checkpoint_io = Spy()
+    plugin.save_checkpoint({"state_dict": {}}, tmp_path / "model.ckpt")
+    (partial,) = seen
+    assert partial.parent == tmp_path
+    assert partial.suffix != ".ckpt"

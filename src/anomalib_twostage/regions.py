@@ -261,7 +261,7 @@ class RegionWriter(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._read_waiting(pl_module)
-        regions, self._regions = self._regions, []
+        regions = self._regions
         if trainer.world_size > 1:
             shares: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, regions)

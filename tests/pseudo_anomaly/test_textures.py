@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,89 @@ def test_a_palette_is_resolved(tmp_path: Path) -> None:
     Image.fromarray(picture).quantize(64).save(tmp_path / "palette.png")
     expected = torch.from_numpy(picture).permute(2, 0, 1).float()
     assert (folder_textures(tmp_path)[0].float() - expected).abs().mean() < 20
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0, 3e6])
+def test_floating_point_keeps_its_brightness(white: float, tmp_path: Path) -> None:
+    array = RAMP.astype(np.float32) / 255 * white
+    array[:3, 0] = np.nan, np.inf, -np.inf  # where it is black
+    save(tmp_path / "ramp.tif", array)
+    expected = torch.from_numpy(RAMP.copy()).expand(3, -1, -1)
+    torch.testing.assert_close(folder_textures(tmp_path)[0], expected, atol=1, rtol=0)
+
+
+def test_negative_floating_point_is_black(tmp_path: Path) -> None:
+    save(tmp_path / "a.tif", np.full((64, 64), -5.0, np.float32))
+    assert folder_textures(tmp_path).max() == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow
+def test_broken_files_of_every_format_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    for suffix in ("png", "jpg", "tif", "bmp", "webp"):
+        whole = save(tmp_path / f"whole.{suffix}", noise).read_bytes()
+        for i in range(60):
+            content = np.frombuffer(whole, np.uint8).copy()
+            hit = generator.integers(0, min(len(content), 200 if i % 2 else len(content)), 1 + i % 8)
+            content[hit] = generator.integers(0, 256, len(hit))
+            (tmp_path / f"{i}.{suffix}").write_bytes(content.tobytes()[: len(content) // (1 + i % 3)])
+    pictures = folder_textures(tmp_path)
+    assert 5 <= len(pictures) < 305
+    assert len([record for record in caplog.records if record.name == textures.__name__]) == 305 - len(pictures)
+
+
+def test_a_file_that_may_not_be_read_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "a.png")
+    locked, opened = save(tmp_path / "locked.png"), Image.open
+
+    def refuse(path: Path) -> Image.Image:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    assert len(folder_textures(tmp_path)) == 1
+    assert str(locked) in caplog.text
+
+
+def test_links_and_loops_do_no_harm(tmp_path: Path) -> None:
+    folder = tmp_path / "textures"
+    save(folder / "sub/a.png", flat(10))
+    save(tmp_path / "elsewhere.png", flat(20))
+    (folder / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    (folder / "sub/up").symlink_to(folder)
+    (folder / "nowhere.png").symlink_to(tmp_path / "nowhere")
+    (folder / "self.png").symlink_to(folder / "self.png")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")  # would be waited for if it were opened
+    (tmp_path / "way").symlink_to(folder)
+    for path in (folder, tmp_path / "way"):
+        assert sorted(folder_textures(path)[:, 0, 0, 0].tolist()) == [10, 20]
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.png", "größe 日本.png", "new\nline.png", "-dash.png", "'\".png", "%s {x}.png", ".hidden.png", "A.PNG"]
+)
+def test_odd_names_are_names(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "ok.png").rename(tmp_path / name)
+    assert len(folder_textures(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 30000), (30000, 1)])
+def test_a_line_of_pixels_does_not_fill_the_memory(
+    shape: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize, sizes = textures.transforms.resize, []
+
+    def watch(image: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        outcome = resize(image, *arguments, **options)
+        sizes.append(outcome.numel())
+        return outcome
+
+    monkeypatch.setattr(textures.transforms, "resize", watch)
+    save(tmp_path / "a.png", np.full(shape, 90, np.uint8))
+    assert (folder_textures(tmp_path) == 90).all()
+    assert max(sizes) <= 4 * 3 * 256 * 256

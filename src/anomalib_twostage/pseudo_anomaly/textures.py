@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from skimage import data as photographs
 from torchvision.transforms.v2 import functional as transforms
 
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 _SIDE = 256
 _MAX_TEXTURES = 512  # 96 MiB
+_LONGEST = 4  # times the shorter side; the rest would be cropped anyway, and a line of pixels scaled up fills memory
+_WHITE = (1.0, 255.0, 65535.0)  # of pictures in floating point
 _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 # In scikit-image's wheel, never downloaded. Its brick, grass and gravel are left out: they are the sample data
@@ -25,14 +27,21 @@ _BUILTIN = ("astronaut", "camera", "chelsea", "coffee", "coins", "hubble_deep_fi
 
 def _square(image: torch.Tensor) -> torch.Tensor:
     """Scale the shorter side of a uint8 image ``(C, H, W)`` to the texture side and crop the centre."""
+    height, width = image.shape[-2:]
+    longest = _LONGEST * min(height, width)
+    image = transforms.center_crop(image, [min(height, longest), min(width, longest)])
     image = transforms.resize(image, [_SIDE], antialias=True)
     return transforms.center_crop(image, [_SIDE, _SIDE])
 
 
 def _read_rgb(image: Image.Image) -> np.ndarray:
-    """Pixels as uint8 ``(H, W, 3)``; Pillow alone would clip 16 bits at 255."""
-    if image.mode.startswith("I"):
-        grey = (np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8)
+    """Pixels as uint8 ``(H, W, 3)``; Pillow alone would clip 16 bits and floating point at 255."""
+    if image.mode.startswith(("I", "F")):
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+        # Integers fill their 16 bits; for floating point the picture itself has to tell what white is.
+        highest = grey.max()
+        white = next((white for white in _WHITE if highest <= white), highest) if image.mode == "F" else _WHITE[-1]
+        grey = (grey / white * 255).round().clip(0, 255).astype(np.uint8)
         return np.dstack([grey] * 3)
     return np.asarray(image.convert("RGB"))
 
@@ -55,7 +64,10 @@ def builtin_textures() -> torch.Tensor:
 def folder_textures(folder: str | Path) -> torch.Tensor:
     """Load the images of a folder and its subfolders, such as DTD.
 
-    At most 512 are kept, evenly spaced over the sorted names, so that memory stays below 100 MiB.
+    At most 512 are kept, evenly spaced over the sorted names, so that memory stays below 100 MiB. Files that cannot be
+    read are skipped with a warning. Links to files are followed, links to folders are not. Grey images of 16 bits or
+    in floating point keep their range: up to 65535, or up to the first of 1, 255, 65535 and their own maximum that
+    holds them.
 
     Args:
         folder: Folder to search.
@@ -78,7 +90,7 @@ def folder_textures(folder: str | Path) -> torch.Tensor:
         try:
             with Image.open(path) as image:
                 array = _read_rgb(image)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        except Exception as error:  # Pillow's decoders raise many kinds on broken files, SyntaxError among them
             logger.warning("Skipping the texture %s, which cannot be read: %s", path, error)
             continue
         images.append(_square(torch.from_numpy(array.copy()).permute(2, 0, 1)))

@@ -293,12 +293,15 @@ def test_killed_comparison_is_completed_by_the_same_command(config: Path) -> Non
 def test_training_ends_when_nobody_waits_for_it(config: Path) -> None:
     (settings,) = planned(config, "--labels", "ours", "--trainer.max_steps", "1000000")
     command = [sys.executable, "-c", "from anomalib_twostage.benchmark.worker import main; main()"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps(settings).encode() + b"\n")
-    process.stdin.flush()
-    assert json.loads(process.stdout.readline()) == {"phase": "training", "step": 1, "steps": 1000000}
-    process.stdin.close()
-    assert process.wait(timeout=60) == 1
-    process.stdout.close()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(settings).encode() + b"\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline()) == {"phase": "training", "step": 1, "steps": 1000000}
+            process.stdin.close()
+            assert process.wait(timeout=60) == 1
+        finally:
+            process.kill()

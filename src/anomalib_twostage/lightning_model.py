@@ -138,7 +138,8 @@ class TwoStageSuperpixel(AnomalibModule):
         """Check the pre-processor, and make the painter before training.
 
         Raises:
-            ValueError: If the pre-processor normalises or resizes to too small a size.
+            ValueError: If the pre-processor normalises or resizes to too small a size, or the trainer's precision is
+                neither 32 bits nor mixed.
             FileNotFoundError: If the texture folder is missing or empty.
         """
         if self.pre_processor:
@@ -147,6 +148,13 @@ class TwoStageSuperpixel(AnomalibModule):
                 raise ValueError(msg)
             if self.input_size is not None:
                 self._check_size(*self.input_size)
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            msg = (
+                f"precision {precision!r} is not supported, because anomalib leaves its images in float32: "
+                "take '32-true', '16-mixed' or 'bf16-mixed'."
+            )
+            raise ValueError(msg)
         strategy = self.trainer.strategy
         if isinstance(strategy.checkpoint_io, TorchCheckpointIO):
             strategy.checkpoint_io = VerifiedCheckpointIO(strategy.checkpoint_io)

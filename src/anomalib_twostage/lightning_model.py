@@ -366,11 +366,12 @@ class TwoStageSuperpixel(AnomalibModule):
 
     def _compress_ov_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Compress an OpenVINO model as anomalib does, but quantise nothing besides the two networks."""
+        model = model.clone()  # without the loose ends of the conversion, on which NNCF stumbles
         with quantize_networks_only(model):
             return super()._compress_ov_model(model, *args, **kwargs)
 
     def _export_antialiasing(self) -> None:
-        if self.pre_processor:
+        if isinstance(self.pre_processor, PreProcessor):
             self.pre_processor.export_transform = exportable_transform(self.pre_processor.transform)
 
     def _continue_random_state(self) -> None:

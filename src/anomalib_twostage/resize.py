@@ -8,16 +8,16 @@ each axis, hence two matrix products, and those every runtime knows.
 """
 
 import copy
+from typing import Any
 
 import torch
 from anomalib.pre_processing.utils.transform import get_exportable_transform
-from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
 __all__ = ["AntialiasedResize", "exportable_transform"]
 
 
-class AntialiasedResize(nn.Module):
+class AntialiasedResize(Transform):
     """Bilinear resizing with antialiasing, as torchvision's ``Resize(size, antialias=True)``, in matrix products.
 
     Args:
@@ -32,8 +32,9 @@ class AntialiasedResize(nn.Module):
         super().__init__()
         self.size = size
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def transform(self, images: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
         """Resize images ``(..., H, W)``, floating point, to ``(..., *size)``."""
+        del params
         sides = images.shape[-2:]
         # Sides are symbols while an export of any size is traced, where a comparison would freeze them.
         if all(isinstance(side, int) for side in sides) and sides == self.size:
@@ -59,7 +60,7 @@ def _weights(old: int, new: int, like: torch.Tensor) -> torch.Tensor:
     return triangle / triangle.sum(dim=1, keepdim=True)
 
 
-def exportable_transform(transform: Transform | None) -> nn.Module | None:
+def exportable_transform(transform: Transform | None) -> Transform | None:
     """Make a transform exportable as anomalib does, except that resizing stays antialiased.
 
     That holds for bilinear resizing to a given height and width. Of other resizing anomalib takes the antialiasing.

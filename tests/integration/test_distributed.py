@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes on the CPU, with Lightning's plain `ddp`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import write_dataset
+
+pytestmark = pytest.mark.integration
+
+
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data", train=8)
+    script = Path(__file__).with_name("distributed_run.py")
+    run = subprocess.run(
+        [sys.executable, script, dataset, tmp_path, "2", "ddp"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    # The resting stage does not stop the gradients' exchange, in either stage.
+    assert first["stages"] == second["stages"] == [1] * 20 + [2] * 20
+    assert first["weights"] == second["weights"]
+    assert first["results"] == second["results"]
+    assert first["results"]["pixel_AUROC"] > 0.9
+    # Paint is drawn in each process anew: from one seed, all would paint the same shapes.
+    assert first["random"] != second["random"]

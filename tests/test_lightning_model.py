@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, seed_everything
 from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_twostage import PseudoAnomaly, TwoStageSuperpixel
+from anomalib_twostage import PerlinAnomaly, PseudoAnomaly, SuperpixelAnomaly, TwoStageSuperpixel
 
 from .integration.conftest import SIZE, write_dataset
 
@@ -140,6 +140,26 @@ def test_clean_batches_are_painted(dataset: Path, tmp_path: Path, monkeypatch: p
     assert torch.cat(seen).amax(dim=(1, 2, 3)).mean() > 0.7
 
 
+@pytest.mark.parametrize(
+    ("paint", "painter"), [("both", PseudoAnomaly), ("perlin", PerlinAnomaly), ("superpixel", SuperpixelAnomaly)]
+)
+def test_the_paint_can_be_chosen(paint: str, painter: type) -> None:
+    model = make_model(paint=paint, paint_probability=0.4)
+    model.setup("fit")
+    assert type(model.painter) is painter
+    assert model.painter.probability == 0.4
+
+
+@pytest.mark.parametrize(("variant", "own"), [("small", "average"), ("paper", "hard")])
+def test_the_gate_is_the_variants_unless_chosen(variant: str, own: str) -> None:
+    assert make_model(variant=variant).model.gate == own
+    for gate in ("hard", "average"):
+        model = make_model(variant=variant, gate=gate).model
+        assert model.gate == gate
+        model.start_stage_two()
+        assert model.eval()(torch.rand(1, 3, SIZE, SIZE)).anomaly_map.shape == (1, 1, SIZE, SIZE)
+
+
 def test_paint_stays_out_of_the_trained_model(dataset: Path, tmp_path: Path) -> None:
     model = make_model()
     make_engine(tmp_path, max_steps=1, max_epochs=-1, limit_val_batches=0).fit(model, datamodule=make_data(dataset))
@@ -179,6 +199,8 @@ def test_learning_rate_rises_and_falls_once_per_stage(dataset: Path, tmp_path: P
     [
         ({"variant": "huge"}, "variant.*'huge'"),
         ({"loss": "l1"}, "loss.*'l1'"),
+        ({"gate": "soft"}, "gate.*'soft'"),
+        ({"paint": "oil"}, "paint.*'oil'"),
         ({"segment_size": 1}, "segment_size.*1"),
         ({"segment_size": SIZE + 1}, f"segment_size.*{SIZE + 1}"),
         ({"compactness": 0.0}, "compactness.*0"),

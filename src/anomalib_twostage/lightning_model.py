@@ -33,7 +33,14 @@ from torchvision.transforms.v2 import Normalize, Resize
 
 from .checkpoint import VerifiedCheckpointIO, check_checkpoint, refused
 from .loss import PaperLoss, SegmentationLoss
-from .pseudo_anomaly import PseudoAnomaly, PseudoAnomalyTransform, imitate_faults, vary_illumination
+from .pseudo_anomaly import (
+    PerlinAnomaly,
+    PseudoAnomaly,
+    PseudoAnomalyTransform,
+    SuperpixelAnomaly,
+    imitate_faults,
+    vary_illumination,
+)
 from .quantization import quantize_networks_only
 from .resize import exportable_transform
 from .threshold import MidwayPostProcessor
@@ -43,6 +50,11 @@ from .visualizer import StageVisualizer
 __all__ = ["TwoStageSuperpixel"]
 
 _LOSSES: dict[str, type[nn.Module]] = {"default": SegmentationLoss, "paper": PaperLoss}
+_PAINTERS: dict[str, type[PseudoAnomalyTransform]] = {
+    "both": PseudoAnomaly,
+    "perlin": PerlinAnomaly,
+    "superpixel": SuperpixelAnomaly,
+}
 _WARM_UP = 0.05  # share of each stage's steps over which the learning rate rises
 _DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
 _FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
@@ -63,10 +75,13 @@ class TwoStageSuperpixel(AnomalibModule):
             DRAEM's discriminative shape, published loss, hard gate.
         loss: ``"default"`` (cross-entropy and Dice) or ``"paper"`` (squared error and SSIM, equation 4);
             ``None`` takes the variant's own.
+        gate: ``"average"`` (stage two's map is averaged with stage one's inside the selected superpixels, outside them
+            stage one's stands) or ``"hard"`` (zero outside, as published); ``None`` takes the variant's own.
         segment_size: Side of a superpixel in pixels of the resized image.
         compactness: Weight of position against colour in SLIC.
         stage_one_fraction: Share of the optimiser steps for stage one, in (0, 1).
         learning_rate: Peak learning rate of both stages.
+        paint: Kinds of pseudo-anomalies: ``"both"``, ``"perlin"`` or ``"superpixel"``.
         paint_probability: Share of training images that are painted, in (0, 1].
         texture_dir: Folder of images to paint with, such as DTD, instead of scikit-image's photographs.
         pre_processor: Pre-processor, or a flag for the default (resize to 256 x 256, no normalisation).
@@ -90,10 +105,12 @@ class TwoStageSuperpixel(AnomalibModule):
         self,
         variant: Literal["default", "small", "paper"] = "default",
         loss: Literal["default", "paper"] | None = None,
+        gate: Literal["average", "hard"] | None = None,
         segment_size: int = 16,
         compactness: float = 10.0,
         stage_one_fraction: float = 0.7,
         learning_rate: float = 2e-3,
+        paint: Literal["both", "perlin", "superpixel"] = "both",
         paint_probability: float = 0.7,
         texture_dir: str | Path | None = None,
         pre_processor: PreProcessor | bool = True,
@@ -112,15 +129,19 @@ class TwoStageSuperpixel(AnomalibModule):
         if not learning_rate > 0:
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
-        self.model = two_stage_superpixel_model(variant, segment_size, compactness)
+        self.model = two_stage_superpixel_model(variant, segment_size, compactness, gate=gate)
         loss = loss or VARIANTS[variant].loss
         if loss not in _LOSSES:
             msg = f"loss must be one of {sorted(_LOSSES)}, got {loss!r}."
+            raise ValueError(msg)
+        if paint not in _PAINTERS:
+            msg = f"paint must be one of {sorted(_PAINTERS)}, got {paint!r}."
             raise ValueError(msg)
         self.loss = _LOSSES[loss]()
         self.variant = variant
         self.stage_one_fraction = stage_one_fraction
         self.learning_rate = learning_rate
+        self.paint = paint
         self.paint_probability = paint_probability
         self.texture_dir = texture_dir
         # Made when training begins, dropped when it ends: no paint in checkpoints and exports, and a trained model
@@ -162,7 +183,7 @@ class TwoStageSuperpixel(AnomalibModule):
             # One stage rests while the other learns. Said here, since Lightning has no public way and wraps soon.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit":
-            self.painter = PseudoAnomaly(probability=self.paint_probability, texture_dir=self.texture_dir)
+            self.painter = _PAINTERS[self.paint](probability=self.paint_probability, texture_dir=self.texture_dir)
 
     def teardown(self, stage: str) -> None:
         """Drop the painter after training, and the last batch's stages."""

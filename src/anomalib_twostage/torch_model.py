@@ -246,6 +246,7 @@ def two_stage_superpixel_model(
     segment_size: int = 16,
     compactness: float = 10.0,
     in_channels: int = 3,
+    gate: Literal["hard", "average"] | None = None,
 ) -> TwoStageSuperpixelModel:
     """Build a published variant.
 
@@ -255,22 +256,25 @@ def two_stage_superpixel_model(
         segment_size: Side of a superpixel in pixels.
         compactness: Compactness of the superpixels; see :func:`~anomalib_twostage.slic.slic`.
         in_channels: Channels of the images, 1 or 3.
+        gate: How stage two's output enters the map; ``None`` takes the variant's own. See
+            :class:`TwoStageSuperpixelModel`.
 
     Returns:
         The model with fresh weights.
 
     Raises:
-        ValueError: If the variant is unknown.
+        ValueError: If the variant or the gate is unknown.
     """
     if variant not in VARIANTS:
         msg = f"variant must be one of {sorted(VARIANTS)}, got {variant!r}."
         raise ValueError(msg)
     shape = VARIANTS[variant]
-    seen = in_channels if shape.gate == "hard" else in_channels + 2
+    gate = gate or shape.gate
+    seen = in_channels if gate == "hard" else in_channels + 2
     return TwoStageSuperpixelModel(
         stage_one=UNet(in_channels, shape.widths, shape.stem_stride),
         slic=Slic(segment_size, compactness),
         refiner=SuperpixelRefiner(shape.threshold),
         stage_two=UNet(seen, shape.widths, shape.stem_stride),
-        gate=shape.gate,
+        gate=gate,
     )

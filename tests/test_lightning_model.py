@@ -143,11 +143,16 @@ def test_clean_batches_are_painted(dataset: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("paint", "painter"), [("both", PseudoAnomaly), ("perlin", PerlinAnomaly), ("superpixel", SuperpixelAnomaly)]
 )
-def test_the_paint_can_be_chosen(paint: str, painter: type) -> None:
+def test_the_paint_can_be_chosen(paint: str, painter: type, dataset: Path, tmp_path: Path) -> None:
+    class Seen(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            assert type(pl_module.painter) is painter
+            assert pl_module.painter.probability == 0.4
+
     model = make_model(paint=paint, paint_probability=0.4)
-    model.setup("fit")
-    assert type(model.painter) is painter
-    assert model.painter.probability == 0.4
+    engine = make_engine(tmp_path, callbacks=[Seen()], max_steps=1, max_epochs=-1, limit_val_batches=0)
+    engine.fit(model, datamodule=make_data(dataset))
+    assert engine.trainer.global_step == 1
 
 
 @pytest.mark.parametrize(("variant", "own"), [("small", "average"), ("paper", "hard")])

@@ -179,7 +179,9 @@ class TwoStageSuperpixelModel(nn.Module):
         Stage two has no say there, so it does not run for them: on a production line most images are good. An exported
         graph decides for the whole batch. A CUDA graph that is being recorded cannot ask the device, and runs it all.
         """
-        if torch.compiler.is_exporting() and not self.training:
+        # PyTorch 2.6 cannot tell an export from a compilation; there it always runs.
+        exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+        if exporting and not self.training:
             touched = selected.amax(dim=(0, 1, 2, 3)) > 0
             logits: torch.Tensor = torch.cond(
                 touched,

@@ -16,6 +16,8 @@ from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transf
 
 __all__ = ["AntialiasedResize", "exportable_transform"]
 
+_BILINEAR = ("bilinear", InterpolationMode.BILINEAR, 2)  # as torchvision's versions keep it; 2 is Pillow's
+
 
 class AntialiasedResize(Transform):
     """Bilinear resizing with antialiasing, as torchvision's ``Resize(size, antialias=True)``, in matrix products.
@@ -76,7 +78,7 @@ def exportable_transform(transform: Transform | None) -> Transform | None:
     if (
         isinstance(transform, Resize)
         and transform.antialias
-        and transform.interpolation == InterpolationMode.BILINEAR
+        and transform.interpolation in _BILINEAR
         and len(transform.size or ()) == 2
     ):
         height, width = transform.size

@@ -105,8 +105,7 @@ def test_fainter_opacity_changes_less(kind: type[PseudoAnomalyTransform], images
 def test_paint_comes_from_the_texture_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(np.full((32, 32, 3), (255, 0, 255), np.uint8)).save(tmp_path / "magenta.png")
     monkeypatch.setattr(paint, "_SHARES", (0.0, 0.0, 1.0, 0.0))  # photographs only, in their own colours
-    monkeypatch.setattr(paint, "_recolour", lambda colours: colours)
-    monkeypatch.setattr(paint, "_match_greyness", lambda colours, images: colours)
+    monkeypatch.setattr(painters, "tint", lambda colours, *_: colours)
     painter = PerlinAnomaly(probability=1.0, opacity=(1.0, 1.0), texture_dir=tmp_path)
     assert painter.textures.shape == (1, 3, 256, 256)
     painted, mask = painter(torch.zeros(16, 3, 64, 64))

@@ -131,3 +131,22 @@ def test_images_of_a_batch_get_noise_of_their_own() -> None:
 
 def test_a_single_pixel_is_finite() -> None:
     assert random_perlin_noise(1, 1, torch.full((2, 2), 4.0), torch.zeros(2)).isfinite().all()
+
+
+@pytest.mark.parametrize(("height", "width", "step"), [(96, 128, 2), (101, 75, 4), (128, 128, 5)])
+def test_larger_steps_draw_the_same_field(height: int, width: int, step: int) -> None:
+    frequency = torch.full((4, 2), max(height, width) / (5 * step))  # five steps in a lattice cell
+    fields = []
+    for stride in (1, step):
+        torch.manual_seed(3)
+        fields.append(random_perlin_noise(height, width, frequency, torch.linspace(0, 3, 4), stride))
+    fine, coarse = fields
+    assert coarse.shape == fine.shape == (4, height, width)
+    for one, other in zip(fine, coarse, strict=True):
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.97
+        # Not only alike but in the same place: shifted by a pixel each way it fits less well.
+        error = (one - other).square().mean()
+        assert error < (one[:, 1:] - other[:, :-1]).square().mean()
+        assert error < (one[:, :-1] - other[:, 1:]).square().mean()
+        assert error < (one[1:] - other[:-1]).square().mean()
+        assert error < (one[:-1] - other[1:]).square().mean()

@@ -27,7 +27,8 @@ def vary_illumination(images: torch.Tensor, strength: float = 0.1) -> torch.Tens
     device = images.device
     frequency = log_uniform(batch, 0.7, 4.0, device=device)
     angle = uniform(batch, 0.0, torch.pi, device=device)
-    noise = random_perlin_noise(height, width, torch.stack([frequency, frequency], dim=1), angle).unsqueeze(1)
+    step = max(1, max(height, width) // 32)  # eight in the smallest lattice cell
+    noise = random_perlin_noise(height, width, torch.stack([frequency, frequency], dim=1), angle, step).unsqueeze(1)
     gain = 1 + uniform(batch, -strength, strength, device=device).view(-1, 1, 1, 1)
     uneven = noise * uniform(batch, 0.0, strength / 2, device=device).view(-1, 1, 1, 1)
     offset = uniform(batch, -strength / 2, strength / 2, device=device).view(-1, 1, 1, 1)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from .perlin import random_perlin_noise
 from .random import choose, log_uniform, uniform
 
-__all__ = ["mix_paint", "move"]
+__all__ = ["mix_paint", "move", "tint"]
 
 # Shares of: the image itself, blurred or sharpened; training images, moved; photographs; procedural textures.
 _SHARES = (0.25, 0.25, 0.25, 0.25)
@@ -22,19 +22,19 @@ _LUMINANCE = (0.299, 0.587, 0.114)
 
 
 def mix_paint(images: torch.Tensor, textures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one full picture of paint per image.
+    """Draw one full picture of paint per image, in its own colours.
 
     Args:
         images: RGB ``(B, 3, H, W)`` float32 in [0, 1].
         textures: Photographs, uint8 ``(N, 3, S, S)``.
 
     Returns:
-        Paint ``(B, 3, H, W)`` float32, about [0, 1], which the painter clamps; and where it comes from training
-        images, ``(B,)`` bool: such paint can be of the same material as what it covers.
+        Paint ``(B, 3, H, W)`` float32, about [0, 1]; and the numbers of the images whose paint comes from training
+        images, int64: such paint can be of the same material as what it covers.
     """
     batch, _, height, width = images.shape
     device = images.device
-    paint = torch.empty_like(images)
+    paint = torch.empty_like(images, memory_format=torch.contiguous_format)
     # Drawn on the host, so that each kind is computed only for the images that get it.
     kind = torch.multinomial(torch.tensor(_SHARES), batch, replacement=True)
     for number in kind.unique().tolist():
@@ -55,9 +55,43 @@ def mix_paint(images: torch.Tensor, textures: torch.Tensor) -> tuple[torch.Tenso
         else:
             drawn = _procedural(count, height, width, device)
         paint.index_copy_(0, index, drawn)
-    moved = (kind == _MOVED).to(device)
-    paint = torch.where((moved & choose(batch, 0.5, device=device)).view(-1, 1, 1, 1), paint, _recolour(paint))
-    return _match_greyness(paint, images), moved
+    return paint, (kind == _MOVED).nonzero().flatten().to(device)
+
+
+def tint(paint: torch.Tensor, number: torch.Tensor, moved: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Change the colours of paint: contrast, brightness, tint, order of the channels, greyness.
+
+    Args:
+        paint: The pixels of the paint, ``(3, N)`` float32.
+        number: The image that each pixel is for, ``(N,)`` int64 in ``0 .. B - 1``.
+        moved: Numbers of the images whose paint comes from training images: half of it keeps its colours.
+        images: What is painted on, ``(B, 3, H, W)`` float32 in [0, 1].
+
+    Returns:
+        Pixels ``(3, N)`` float32, about [0, 1], which the painter clamps.
+    """
+    batch, device = len(images), images.device
+    count = torch.zeros(batch, device=device).index_add_(0, number, torch.ones_like(paint[0])).clamp_min_(1)
+    mean = torch.zeros(3, batch, device=device).index_add_(1, number, paint) / count
+    contrast = uniform(batch, 0.4, 1.6, device=device)
+    contrast = torch.where(choose(batch, 0.15, device=device), -contrast, contrast)
+    contrast = torch.where(choose(batch, 0.15, device=device), torch.zeros_like(contrast), contrast)
+    shift = torch.randn(batch, device=device) * 0.25 + torch.randn(3, batch, device=device) * 0.1
+    keep = torch.zeros(batch, dtype=torch.bool, device=device)
+    keep[moved] = choose(len(moved), 0.5, device=device)
+    contrast = torch.where(keep, 1.0, contrast)
+    shift = torch.where(keep, 0.0, mean * (1 - contrast) + shift)
+    turned = choose(batch, 0.25, device=device) & ~keep
+    paint = torch.where(turned[number], paint.roll(1, dims=0), paint)
+    shift = torch.where(turned, shift.roll(1, dims=0), shift)
+    paint = paint * contrast[number] + shift[:, number]
+
+    # Colour gives paint away on grey images. Every fourth pixel tells whether they are grey.
+    few = images[..., ::4, ::4]
+    chroma = (few.amax(dim=1) - few.amin(dim=1)).mean(dim=(1, 2))
+    grey = torch.rand(batch, device=device) < torch.where(chroma < 0.02, 0.85, 0.25)
+    luminance = (paint * paint.new_tensor(_LUMINANCE).view(3, 1)).sum(dim=0)
+    return torch.where(grey[number], luminance, paint)
 
 
 def _blur_or_sharpen(images: torch.Tensor) -> torch.Tensor:
@@ -97,33 +131,13 @@ def _procedural(batch: int, height: int, width: int, device: torch.device) -> to
         frequency = log_uniform(batch, lowest, highest, device=device)
         stretch = log_uniform(batch, 0.25, 4.0, device=device)
         axes = torch.stack([frequency * stretch, frequency / stretch], dim=1).clamp(0.5, 64)
-        return random_perlin_noise(height, width, axes, uniform(batch, 0, math.pi, device=device)).unsqueeze(1)
+        angle = uniform(batch, 0, math.pi, device=device)
+        # Three steps in the narrowest lattice cell.
+        step = max(1, int(max(height, width) / (3 * min(4 * highest, 64))))
+        return random_perlin_noise(height, width, axes, angle, step).unsqueeze(1)
 
     fine = layer(4.0, 64.0)
     stripes = (fine * uniform(batch, 1.0, 8.0, device=device).view(-1, 1, 1, 1)).sin()
     fine = torch.where(choose(batch, 0.3, device=device).view(-1, 1, 1, 1), stripes, fine)
     base, strong, weak = torch.rand(3, batch, 3, 1, 1, device=device)
     return base + (strong - 0.5) * 0.6 * fine + (weak - 0.5) * 0.4 * layer(0.5, 8.0)
-
-
-def _recolour(paint: torch.Tensor) -> torch.Tensor:
-    """Change contrast, brightness, tint and the order of the channels."""
-    batch, device = len(paint), paint.device
-    mean = paint.mean(dim=(2, 3), keepdim=True)
-    contrast = uniform(batch, 0.4, 1.6, device=device)
-    contrast = torch.where(choose(batch, 0.15, device=device), -contrast, contrast)
-    contrast = torch.where(choose(batch, 0.15, device=device), torch.zeros_like(contrast), contrast)
-    brightness = torch.randn(batch, 1, 1, 1, device=device) * 0.25
-    tint = torch.randn(batch, 3, 1, 1, device=device) * 0.1
-    paint = (paint - mean) * contrast.view(-1, 1, 1, 1) + mean + brightness + tint
-    return torch.where(choose(batch, 0.25, device=device).view(-1, 1, 1, 1), paint.roll(1, dims=1), paint)
-
-
-def _match_greyness(paint: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Take the colour out of some paint, and of most of the paint for grey images, where colour gives it away."""
-    batch, device = len(paint), paint.device
-    luminance = (paint * torch.tensor(_LUMINANCE, device=device).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
-    chroma = (images.amax(dim=1) - images.amin(dim=1)).mean(dim=(1, 2))
-    probability = torch.where(chroma < 0.02, 0.85, 0.25)
-    grey = torch.rand(batch, device=device) < probability
-    return torch.where(grey.view(-1, 1, 1, 1), luminance, paint)

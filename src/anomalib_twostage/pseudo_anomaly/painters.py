@@ -18,7 +18,7 @@ from anomalib_twostage.color import rgb_to_lab
 from anomalib_twostage.refiner import superpixel_mean
 from anomalib_twostage.slic import Slic
 
-from .paint import mix_paint, move
+from .paint import mix_paint, move, tint
 from .perlin import random_perlin_noise
 from .random import choose, log_uniform, uniform
 from .textures import builtin_textures, folder_textures
@@ -28,6 +28,7 @@ __all__ = ["PerlinAnomaly", "PseudoAnomaly", "SuperpixelAnomaly"]
 JUST_NOTICEABLE = 2.3
 """CIE76 delta E below which a person sees no difference (Mahy et al., 1994)."""
 
+_LEAST_HALVED = 128  # shorter side in pixels from which superpixel shapes are drawn at half resolution
 _CLEAR = 8.0  # delta E that paint is lifted to on average; a defect should be seen, not searched for
 
 
@@ -151,25 +152,55 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
             # Paint thins out towards the border of its shape, by a softness that differs per call.
             reach = int(torch.randint(0, max(2, max(rgb.shape[-2:]) // 32), ()))
             soft = shape.float()
-            soft = soft * _box_mean(soft, 2 * reach + 1)
-            opacity = uniform(batch, *self.opacity, device=device).view(-1, 1, 1, 1)
-            change = (paint - rgb) * soft * opacity
+            soft = soft * _box_mean(soft, 2 * reach + 1) if reach else soft
 
-            before = rgb_to_lab(rgb)
-            area = shape.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1)
-            lift = _squared_length(rgb_to_lab((rgb + change).clamp(0, 1)) - before).sqrt() * shape
-            lift = (_CLEAR / (lift.sum(dim=(1, 2, 3), keepdim=True) / area).clamp_min(1e-3)).clamp(1, 8)
-            painted = (rgb + change * lift).clamp(0, 1)
+            # From here on only the pixels of the shapes, as (3, N), with the number of their image. To list them, a GPU
+            # would have to be waited for: there all pixels are taken.
+            inside = shape.flatten()
+            pixel = torch.arange(inside.numel(), device=device) if inside.is_cuda else inside.nonzero().flatten()
+            number = pixel.div(shape[0].numel(), rounding_mode="floor")
+            inside, soft = inside[pixel], soft.flatten()[pixel]
+            before, paint = _pick(rgb, pixel, number), _pick(paint, pixel, number)
+            opacity = uniform(batch, *self.opacity, device=device)
+            change = (tint(paint, number, moved, rgb) - before) * (soft * opacity[number])
+
+            # Half of the channels' difference in CIELAB is lost when colours are clamped or made grey, so look twice.
+            lab = _to_lab(before)
+            lift = _squared_length(_to_lab((before + change).clamp_(0, 1)) - lab).sqrt_() * inside
+            sums = torch.zeros(2, batch, device=device).index_add_(1, number, torch.stack([lift, inside.float()]))
+            lift = (_CLEAR / (sums[0] / sums[1].clamp_min(1)).clamp_min(1e-3)).clamp(1, 8)
+            painted = (before + change * lift[number]).clamp_(0, 1)
             if channels == 1:
-                painted = painted.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-            difference = rgb_to_lab(painted) - before
-            # Gravel on gravel changes every pixel and yet nothing to see: paint from training images must differ
-            # on the scale at which its grain averages out.
-            window = max(3, max(rgb.shape[-2:]) // 24 | 1)
-            coarse = torch.where(moved.view(-1, 1, 1, 1), _box_mean(difference, window), difference)
-            seen = torch.minimum(_squared_length(difference), _squared_length(coarse))
-            mask = shape & (seen > JUST_NOTICEABLE**2)
-        return torch.where(mask, painted[:, :channels], images), mask.float()
+                painted = painted.mean(dim=0, keepdim=True).expand(3, -1)
+            difference = (_to_lab(painted) - lab) * inside
+            visible = _squared_length(difference) > JUST_NOTICEABLE**2
+            visible &= self._shows_from_afar(difference, pixel, moved, rgb.shape)
+
+            mask = torch.zeros(shape.shape, device=device)
+            mask.view(-1)[pixel] = visible.float()
+            result = images.clone(memory_format=torch.contiguous_format)
+            index = _offsets(images.shape, pixel, number)
+            kept = images.flatten()[index] if images.is_contiguous() else result.view(-1)[index]
+            result.view(-1)[index] = torch.where(visible, painted[:channels], kept)
+        return result, mask
+
+    @staticmethod
+    def _shows_from_afar(
+        difference: torch.Tensor, pixel: torch.Tensor, moved: torch.Tensor, shape: torch.Size
+    ) -> torch.Tensor:
+        """Where paint shows when its grain averages out, ``(N,)`` bool; other than training images always does.
+
+        Gravel on gravel changes every pixel and yet nothing to see.
+        """
+        batch, _, height, width = shape
+        apart = torch.zeros(3, batch * height * width, device=difference.device)
+        apart[:, pixel] = difference
+        apart = apart.view(3, batch, height, width)
+        window = max(3, max(height, width) // 24 | 1)
+        coarse = _squared_length(_box_mean(apart[:, moved], window))
+        shows = torch.ones(batch, height, width, dtype=torch.bool, device=difference.device)
+        shows[moved] = coarse > JUST_NOTICEABLE**2
+        return shows.flatten()[pixel]
 
 
 class PerlinAnomaly(PseudoAnomalyTransform):
@@ -219,25 +250,32 @@ class SuperpixelAnomaly(PseudoAnomalyTransform):
 
     def shapes(self, images: torch.Tensor) -> torch.Tensor:
         """Draw where to paint: bool ``(B, 1, H, W)``."""
+        # At half resolution, and enlarged before the cut: a quarter of the work, and outlines without steps.
         batch, _, height, width = images.shape
+        step = 2 if min(height, width) >= _LEAST_HALVED else 1
+        images = functional.avg_pool2d(images, step, ceil_mode=True)
+        rows, columns = images.shape[-2:]
         device = images.device
-        if height == width == 1:  # nothing to cut
+        if rows == columns == 1:  # nothing to cut
             return torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
         picked = self.textures[torch.randint(len(self.textures), (batch,), device=self.textures.device)].to(device)
-        foreign = move(picked.float() / 255, height, width)
+        foreign = move(picked.float() / 255, rows, columns)
         own = choose(batch, 0.5, device=device)
-        shorter, longer = sorted((height, width))
-        finest, coarsest = min(max(4, shorter // 32), longer), min(max(5, shorter // 8), longer)
-        slic = Slic(int(torch.randint(finest, coarsest + 1, ())), num_iterations=3)
+        shorter, longer = sorted((rows, columns))
+        finest, coarsest = min(max(4 // step, shorter // 32), longer), min(max(5, shorter // 8), longer)
+        slic = Slic(int(torch.randint(finest, coarsest + 1, ())), num_iterations=2)
         labels = slic(torch.where(own.view(-1, 1, 1, 1), images, foreign))
-        segments = slic.max_segments(height, width)
+        segments = slic.max_segments(rows, columns)
 
         noise, _ = _stretched_noise(images, lowest=1.0, highest=8.0)
-        field = superpixel_mean(noise.unsqueeze(1), labels, segments).squeeze(1)
-        level = torch.minimum(uniform(batch, 0.0, 1.8, device=device), 0.9 * field.amax(dim=(1, 2)))
-        shape = field > level.view(-1, 1, 1)
-        window = _window(shape, images).float().unsqueeze(1)
-        return shape.unsqueeze(1) & (superpixel_mean(window, labels, segments) > 0.5)
+        field = superpixel_mean(noise.unsqueeze(1), labels, segments)
+        level = torch.minimum(uniform(batch, 0.0, 1.8, device=device), 0.9 * field.amax(dim=(1, 2, 3)))
+        field = field - level.view(-1, 1, 1, 1)
+        window = _window(field.squeeze(1) > 0, images).float().unsqueeze(1)
+        field = torch.minimum(field, superpixel_mean(window, labels, segments) - 0.5)
+        if step > 1:
+            field = functional.interpolate(field, scale_factor=step, mode="bilinear")[..., :height, :width]
+        return field > 0
 
 
 class PseudoAnomaly(PseudoAnomalyTransform):
@@ -268,15 +306,19 @@ def _stretched_noise(images: torch.Tensor, lowest: float, highest: float) -> tup
     stretch = log_uniform(batch, 1 / 3, 3.0, device=images.device)
     axes = torch.stack([frequency * stretch, frequency / stretch], dim=1).clamp(0.5, 64)
     angle = uniform(batch, 0, torch.pi, device=images.device)
-    return random_perlin_noise(height, width, axes, angle), frequency
+    # The narrowest lattice cell, stretched as far as can be, is three steps wide.
+    step = max(1, int(max(height, width) / (3 * highest * 3.0**0.5)))
+    return random_perlin_noise(height, width, axes, angle, step), frequency
 
 
 def _window(shape: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Discs around a random point of each shape ``(B, H, W)``, or everything for some of the batch."""
     batch, height, width = shape.shape
     device, side = shape.device, max(height, width)
-    # The highest of random numbers inside the shape: a draw from it without waiting for the device.
-    draw = torch.rand(shape.shape, device=device) * _interest(images)
+    # The highest of random numbers inside the shape: a draw from it without waiting for the device. One number for
+    # four by four pixels does.
+    draw = torch.rand(batch, 1, -(-height // 4), -(-width // 4), device=device) * _interest(images[..., ::4, ::4])
+    draw = functional.interpolate(draw, scale_factor=4.0, mode="nearest")[:, 0, :height, :width]
     centre = (draw * shape).flatten(1).argmax(dim=1).view(-1, 1, 1)
     y = torch.arange(height, device=device).view(1, -1, 1) - centre.div(width, rounding_mode="floor")
     x = torch.arange(width, device=device).view(1, 1, -1) - centre.remainder(width)
@@ -285,19 +327,36 @@ def _window(shape: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def _interest(images: torch.Tensor) -> torch.Tensor:
-    """Where a defect matters, ``(B, H, W)``: 1 on what differs from the frame of the image, less on what does not.
+    """Where a defect matters, ``(B, 1, H, W)``: 1 on what differs from the frame of the image, less on what does not.
 
     Objects are photographed on plain backgrounds, and a defect is on the object. A texture differs from its own
     mean nearly everywhere, or nearly nowhere; either way its draw stays even enough.
     """
     frame = torch.cat([images[..., :2, :].flatten(2), images[..., :, :2].flatten(2)], dim=2).mean(dim=2)
-    difference = (images - frame[..., None, None]).abs().amax(dim=1)
+    difference = (images - frame[..., None, None]).abs().amax(dim=1, keepdim=True)
     return torch.where(difference > 0.1, 1.0, 0.9)
 
 
+def _offsets(shape: torch.Size, pixel: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Where in the memory of images ``(B, C, H, W)`` some pixels lie, ``(C, N)``."""
+    _, channels, height, width = shape
+    first = pixel + number * ((channels - 1) * height * width)
+    return first + torch.arange(channels, device=pixel.device).view(-1, 1) * (height * width)
+
+
+def _pick(images: torch.Tensor, pixel: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Some pixels of images ``(B, C, H, W)``, as ``(C, N)``."""
+    return images.flatten()[_offsets(images.shape, pixel, number)]
+
+
+def _to_lab(pixels: torch.Tensor) -> torch.Tensor:
+    """CIELAB of pixels ``(3, N)``."""
+    return rgb_to_lab(pixels.unsqueeze(0)).squeeze(0)
+
+
 def _squared_length(difference: torch.Tensor) -> torch.Tensor:
-    """Squared CIE76 delta E ``(B, 1, H, W)`` of a difference in CIELAB; norm() takes ten times as long."""
-    return difference.square().sum(dim=1, keepdim=True)
+    """Squared CIE76 delta E ``(N,)`` of differences in CIELAB ``(3, N)``; norm() takes ten times as long."""
+    return difference.square().sum(dim=0)
 
 
 def _box_mean(values: torch.Tensor, window: int) -> torch.Tensor:

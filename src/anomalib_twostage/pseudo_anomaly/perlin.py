@@ -4,6 +4,7 @@
 import math
 
 import torch
+from torch.nn import functional
 
 __all__ = ["perlin_noise", "random_perlin_noise"]
 
@@ -51,6 +52,7 @@ def random_perlin_noise(
     width: int,
     frequency: torch.Tensor,
     angle: torch.Tensor,
+    step: int = 1,
 ) -> torch.Tensor:
     """Draw one random noise field per image, from the global random generator of the device.
 
@@ -60,19 +62,27 @@ def random_perlin_noise(
         frequency: Lattice cells along the longer image side, per image and axis (vertical, horizontal) of the
             turned lattice, ``(B, 2)``.
         angle: Turn of the lattice in radians, ``(B,)``.
+        step: Evaluate one pixel in ``step`` by ``step`` and enlarge bilinearly. Fields of which every lattice cell
+            spans some steps hardly change, and cost that much less.
 
     Returns:
         Noise ``(B, height, width)``, float32, zero mean and unit standard deviation per image.
     """
     device, batch = frequency.device, frequency.shape[0]
     side = max(height, width)
-    grid_y = torch.arange(height, device=device, dtype=torch.float32).view(1, -1, 1) / side
-    grid_x = torch.arange(width, device=device, dtype=torch.float32).view(1, 1, -1) / side
+    # The middle of each block of step by step pixels.
+    rows = torch.arange(-(-height // step), device=device, dtype=torch.float32) * step + (step - 1) / 2
+    columns = torch.arange(-(-width // step), device=device, dtype=torch.float32) * step + (step - 1) / 2
+    grid_y, grid_x = rows.view(1, -1, 1) / side, columns.view(1, 1, -1) / side
     cosine, sine = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     offset = torch.rand(batch, 2, 1, 1, device=device) * _PERIOD
     y = (cosine * grid_y + sine * grid_x) * frequency[:, 0].view(-1, 1, 1) + offset[:, 0]
     x = (cosine * grid_x - sine * grid_y) * frequency[:, 1].view(-1, 1, 1) + offset[:, 1]
     direction = torch.rand(batch, _PERIOD, _PERIOD, device=device) * (2 * math.pi)
     noise = perlin_noise(y, x, torch.stack([direction.sin(), direction.cos()], dim=-1))
-    noise = noise - noise.mean(dim=(1, 2), keepdim=True)
-    return noise / noise.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+    noise = noise.sub_(noise.mean(dim=(1, 2), keepdim=True))
+    noise = noise.div_(noise.square().mean(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-6))
+    if step == 1:
+        return noise
+    noise = functional.interpolate(noise.unsqueeze(1), scale_factor=step, mode="bilinear").squeeze(1)
+    return noise[:, :height, :width].contiguous()

@@ -18,7 +18,6 @@ than with ImageNet's, and Draem paints with the images of --dtd_dir.
 import argparse
 import logging
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--segment_size", type=int, default=8)
+    parser.add_argument("--compactness", type=float, default=10.0, help="1e6 makes squares of the superpixels")
     parser.add_argument("--blends", nargs="+", type=float, default=[0.5, 1.0], help="shares of the superpixel average")
     parser.add_argument("--max_steps", type=int, default=300, help="optimiser steps, for models that have them")
     parser.add_argument("--dtd_dir", default="./datasets/dtd", help="folder of images for Draem to paint with")
@@ -67,7 +67,6 @@ def main() -> None:
             continue
         print(f"{category}, {name}, seed {seed}: training", flush=True)
         seed_everything(seed)
-        start = time.perf_counter()
         data = datamodule(arguments.data, arguments.root, category)
         model = build(name, arguments)
         with tempfile.TemporaryDirectory() as folder:
@@ -76,8 +75,7 @@ def main() -> None:
             )
             engine.fit(model, datamodule=data)
         results = measure(model, data, arguments)
-        seconds = round(time.perf_counter() - start)
-        rows += [{**run, "map": kind, **metrics, "seconds": seconds} for kind, metrics in results.items()]
+        rows += [{**run, "map": kind, **metrics} for kind, metrics in results.items()]
         pd.DataFrame(rows).to_csv(table, index=False)
         print(pd.DataFrame(rows[-len(results) :]).to_string(index=False), flush=True)
     arguments.out.with_suffix(".md").write_text(summary(pd.DataFrame(rows)))
@@ -126,9 +124,16 @@ def measure(
                 "pred_score": prediction.pred_score,
             }
         )
+    # anomalib's metrics pass values outside [0, 1] through a sigmoid, where they tie. One scale for all is harmless.
+    low = min(float(fields["anomaly_map"].min()) for fields in batches)
+    high = max(float(fields["anomaly_map"].max()) for fields in batches)
+    for fields in batches:
+        fields["anomaly_map"] = (fields["anomaly_map"] - low) / (high - low)
     processors: dict[str, PostProcessor] = {"the model's": PostProcessor()}
     for blend in arguments.blends:
-        processors[f"refined, blend {blend:g}"] = SuperpixelPostProcessor(arguments.segment_size, blend=blend)
+        processors[f"refined, blend {blend:g}"] = SuperpixelPostProcessor(
+            arguments.segment_size, arguments.compactness, blend
+        )
     return {kind: _scores(model, processor, batches) for kind, processor in processors.items()}
 
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that the benchmarks time: ours in a known state, and built-in ones that need no download."""
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from anomalib.models import Draem
+from anomalib.models.image.dsr.torch_model import DsrModel
+from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
+from anomalib.models.image.fastflow.torch_model import FastflowModel
+from skimage import data
+
+from anomalib_twostage import TwoStageSuperpixel, TwoStageSuperpixelModel
+from anomalib_twostage.torch_model import two_stage_superpixel_model
+
+
+def photograph(side: int) -> torch.Tensor:
+    """A photograph ``(1, 3, side, side)`` in [0, 1]."""
+    image = torch.from_numpy(data.astronaut()).permute(2, 0, 1).unsqueeze(0).float() / 255
+    if side > image.shape[-1]:
+        return torch.nn.functional.interpolate(image, size=(side, side), mode="bilinear", antialias=True)
+    return image[..., :side, :side].contiguous()
+
+
+def flat(side: int) -> torch.Tensor:
+    """An image of one colour, ``(1, 3, side, side)``."""
+    return torch.full((1, 3, side, side), 0.5)
+
+
+@torch.no_grad()
+def select_on_photograph_only(model: TwoStageSuperpixelModel, side: int) -> None:
+    """Have stage one mark a few pixels of :func:`photograph` and none of :func:`flat`, whatever its weights.
+
+    Time depends on whether something is selected, not on what. With random weights that is up to the last layer: its
+    sign and bias are set so that the highest logit of the flat image lies below the threshold and that of the
+    photograph above.
+
+    Raises:
+        RuntimeError: If the two images cannot be told apart.
+    """
+    head = model.stage_one.head
+    for _ in range(2):
+        good, defective = model.stage_one(flat(side)), model.stage_one(photograph(side))
+        low, high = float(good.max()), float(defective.max())
+        if high > low:
+            threshold = math.log(model.refiner.threshold / (1 - model.refiner.threshold))
+            head.bias += threshold - (low + high) / 2
+            break
+        head.weight.neg_()
+    selected = [bool(model.stages(image).selected.any()) for image in (flat(side), photograph(side))]
+    if selected != [False, True]:
+        msg = "Random weights tell the two images not apart; take another seed."
+        raise RuntimeError(msg)
+
+
+def ours(variant: str, side: int) -> TwoStageSuperpixelModel:
+    """A variant that runs both stages on :func:`photograph` and stage one alone on :func:`flat`."""
+    model = two_stage_superpixel_model(variant).eval()
+    model.start_stage_two()
+    select_on_photograph_only(model, side)
+    return model
+
+
+def our_module(variant: str, side: int) -> TwoStageSuperpixel:
+    """The same as Lightning module, to export and train."""
+    module = TwoStageSuperpixel(variant, visualizer=False).eval()
+    module.model.start_stage_two()
+    select_on_photograph_only(module.model, side)
+    return module
+
+
+def draem_module(textures: Path | None = None) -> Draem:
+    """Draem; it looks for textures as soon as it is made, and downloads them where there is no such folder."""
+    if textures is not None:
+        return Draem(dtd_dir=textures, visualizer=False)
+    with tempfile.TemporaryDirectory() as folder:
+        return Draem(dtd_dir=folder, visualizer=False)
+
+
+def builtins(side: int) -> dict[str, Callable[[], torch.nn.Module]]:
+    """Built-in models that can be made without a download, by name; weights are random."""
+    return {
+        "Draem": lambda: draem_module().model,
+        "Dsr": DsrModel,
+        "EfficientAd (S)": EfficientAdModel,
+        "Fastflow (ResNet-18)": lambda: FastflowModel((side, side), backbone="resnet18", pre_trained=False),
+    }

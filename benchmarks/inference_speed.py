@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference: each variant against built-in models of anomalib, in torch or in OpenVINO.
+
+    python benchmarks/inference_speed.py --out docs/results/inference_speed.md
+    python benchmarks/inference_speed.py --batch 8 --rounds 1 --out docs/results/inference_speed_8.md
+    python benchmarks/inference_speed.py --runtime openvino --out docs/results/inference_speed_openvino.md
+
+Images of 256 x 256 pixels. "Good" is an image on which nothing is selected, so that stage two does not run;
+"defective" one on which it does. All weights are random, which changes no time; the bias of stage one's last layer is
+set so that a flat image is good and a photograph defective, which the script checks. For OpenVINO ours and Draem are
+exported alike, through anomalib, to a fixed size.
+"""
+
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from _models import builtins, draem_module, flat, our_module, ours, photograph
+from _timing import Report, interleave, paired_ratio, parse, parser
+
+from anomalib_twostage.torch_model import VARIANTS
+
+SIDE = 256
+
+
+def main() -> None:
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
+    options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    options.add_argument("--runtime", choices=("torch", "openvino"), default="torch")
+    options.add_argument("--device", default="cpu", help="of torch")
+    arguments = parse(options)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    packages = ("anomalib", "openvino") if arguments.runtime == "openvino" else ("anomalib",)
+    report = Report(arguments, packages, arguments.device)
+    report.line(f"{arguments.runtime}, {SIDE} x {SIDE} pixels, batch of {arguments.batch}.")
+    good, defective = (image.repeat(arguments.batch, 1, 1, 1) for image in (flat(SIDE), photograph(SIDE)))
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.runtime == "openvino":
+            models = in_openvino(arguments.variants, Path(folder), arguments.threads)
+        else:
+            models = in_torch(arguments.variants, arguments.device)
+            good, defective = good.to(arguments.device), defective.to(arguments.device)
+        functions = {}
+        for name, model in models.items():
+            if name in arguments.variants:
+                functions[f"`{name}`, good"] = lambda model=model: model(good)
+                functions[f"`{name}`, defective"] = lambda model=model: model(defective)
+            else:
+                functions[name] = lambda model=model: model(defective)
+        times = interleave(functions, arguments.rounds, arguments.device)
+    report.table("model", "ms per image", "Draem's time / its")
+    for name, values in times.items():
+        report.row(name, statistics.median(values) / arguments.batch, paired_ratio(times["Draem"], values))
+
+
+def in_torch(variants: list[str], device: str) -> dict[str, Callable[[torch.Tensor], object]]:
+    made = {name: ours(name, SIDE) for name in variants}
+    made |= {name: make().eval() for name, make in builtins(SIDE).items()}
+    return {name: inference(model.to(device)) for name, model in made.items()}
+
+
+def inference(model: torch.nn.Module) -> Callable[[torch.Tensor], object]:
+    def run(images: torch.Tensor) -> object:
+        with torch.inference_mode():
+            return model(images)
+
+    return run
+
+
+def in_openvino(variants: list[str], folder: Path, threads: int) -> dict[str, Callable[[torch.Tensor], object]]:
+    import openvino
+
+    modules = {name: our_module(name, SIDE) for name in variants} | {"Draem": draem_module()}
+    models = {}
+    for name, module in modules.items():
+        path = module.to_openvino(folder / name, input_size=(SIDE, SIDE))
+        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
+        models[name] = lambda images, compiled=compiled: compiled(images.numpy())
+    return models
+
+
+if __name__ == "__main__":
+    main()

@@ -116,3 +116,16 @@ def test_descending_the_loss_finds_the_mask(loss: nn.Module) -> None:
         loss(logits, mask).backward()
         optimizer.step()
     assert torch.equal((logits > 0).float(), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [PaperLoss, SegmentationLoss])
+def test_autocast_changes_nothing(kind: type[torch.nn.Module], dtype: torch.dtype) -> None:
+    logits, mask = torch.randn(2, 1, 48, 48) - 4, torch.zeros(2, 1, 48, 48)
+    mask[:, :, 10:30, 10:30] = 1
+    plain, mixed = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    kind()(plain, mask).backward()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = kind()(mixed, mask)
+    loss.backward()
+    assert torch.equal(plain.grad, mixed.grad)

@@ -26,7 +26,9 @@ class PaperLoss(nn.Module):
     def forward(self, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Compare logits ``(B, 1, H, W)`` with masks ``(B, 1, H, W)`` in {0, 1}; returns a scalar."""
         prediction, mask = logits.float().sigmoid(), mask.float()
-        similarity = ssim(prediction, mask, window_size=_SSIM_WINDOW, max_val=1.0).mean()
+        # SSIM subtracts nearly equal numbers; autocast would take its means in half precision.
+        with torch.autocast(logits.device.type, enabled=False):
+            similarity = ssim(prediction, mask, window_size=_SSIM_WINDOW, max_val=1.0).mean()
         return functional.mse_loss(prediction, mask) + (1 - similarity)
 
 

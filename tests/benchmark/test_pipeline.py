@@ -212,8 +212,8 @@ def test_shipped_configurations_are_valid(name: str, tmp_path: Path) -> None:
         for name, value in model.init_args.items()
         if name in ("dtd_dir", "texture_dir") and value is not None
     ]
-    assert painters
-    assert {str(value) for value in painters} == {"photographs"}
+    assert bool(painters) == name.startswith("comparison")  # the ablation paints with what is built in
+    assert {str(value) for value in painters} <= {"photographs"}
     assert arguments.trainer.max_steps > 0
 
 

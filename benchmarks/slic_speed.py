@@ -9,7 +9,7 @@ anomalib depends on opencv-python-headless, so keep the other one apart:
     pip install --no-deps --target contrib opencv-contrib-python-headless
     PYTHONPATH=contrib python benchmarks/slic_speed.py
 
-All weigh position by 10 against CIELAB colour (OpenCV in its 8-bit form), in their default number of rounds: 5 for
+All weigh position by 10 against CIELAB colour (OpenCV in its 8-bit form), in their default number of rounds: 4 for
 ours, 10 for the others. Theirs run with and without enforced connectivity. Quality is measured as in
 tests/test_slic.py: mean over six photographs of 240 x 240 pixels.
 """

@@ -30,7 +30,7 @@ class MidwayF1Threshold(F1AdaptiveThreshold):
         tensor(0.5000)
     """
 
-    def compute(self) -> torch.Tensor:
+    def compute(self) -> torch.Tensor:  # type: ignore[override]  # as anomalib, narrower than torchmetrics
         """Compute the threshold, a scalar tensor."""
         threshold = super().compute()
         if not (self._has_anomalous_samples() and self._has_normal_samples()):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference: each variant against built-in models of anomalib, in torch or in OpenVINO.
+"""Inference: each variant against built-in models of anomalib, in torch; against Draem in OpenVINO.
 
     python benchmarks/inference_speed.py --out docs/results/inference_speed.md
-    python benchmarks/inference_speed.py --batch 8 --rounds 1 --out docs/results/inference_speed_8.md
+    python benchmarks/inference_speed.py --batch 8 --rounds 1 --peers Draem --out docs/results/inference_speed_8.md
     python benchmarks/inference_speed.py --runtime openvino --out docs/results/inference_speed_openvino.md
 
 Images of 256 x 256 pixels. "Good" is an image on which nothing is selected, so that stage two does not run;
@@ -31,6 +31,7 @@ def main() -> None:
     options = parser(__doc__, rounds=3)
     options.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
     options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    options.add_argument("--peers", nargs="+", default=list(builtins(SIDE)), choices=list(builtins(SIDE)))
     options.add_argument("--runtime", choices=("torch", "openvino"), default="torch")
     options.add_argument("--device", default="cpu", help="of torch")
     arguments = parse(options)
@@ -44,7 +45,7 @@ def main() -> None:
         if arguments.runtime == "openvino":
             models = in_openvino(arguments.variants, Path(folder), arguments.threads)
         else:
-            models = in_torch(arguments.variants, arguments.device)
+            models = in_torch(arguments.variants, arguments.peers, arguments.device)
             good, defective = good.to(arguments.device), defective.to(arguments.device)
         functions = {}
         for name, model in models.items():
@@ -59,9 +60,9 @@ def main() -> None:
         report.row(name, statistics.median(values) / arguments.batch, paired_ratio(times["Draem"], values))
 
 
-def in_torch(variants: list[str], device: str) -> dict[str, Callable[[torch.Tensor], object]]:
+def in_torch(variants: list[str], peers: list[str], device: str) -> dict[str, Callable[[torch.Tensor], object]]:
     made = {name: ours(name, SIDE) for name in variants}
-    made |= {name: make().eval() for name, make in builtins(SIDE).items()}
+    made |= {name: make().eval() for name, make in builtins(SIDE).items() if name in {"Draem", *peers}}
     return {name: inference(model.to(device)) for name, model in made.items()}
 
 
@@ -79,7 +80,7 @@ def in_openvino(variants: list[str], folder: Path, threads: int) -> dict[str, Ca
     modules = {name: our_module(name, SIDE) for name in variants} | {"Draem": draem_module()}
     models = {}
     for name, module in modules.items():
-        path = module.to_openvino(folder / name, input_size=(SIDE, SIDE))
+        path = module.to_openvino(folder / name, input_size=(SIDE, SIDE), onnx_kwargs={"verbose": False})
         compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads})
         models[name] = lambda images, compiled=compiled: compiled(images.numpy())
     return models

@@ -61,8 +61,8 @@ def photographs(folder: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder: Path, data: SampleTextures) -> Path:
-    """A checkpoint of both stages, on the way to one that selects something on defective images only."""
+def checkpoint(folder: Path, data: SampleTextures, photographs: torch.Tensor) -> Path:
+    """A checkpoint of both stages, trained for seconds."""
     torch.manual_seed(0)
     resize = Resize([INPUT, INPUT], antialias=True)
     model = TwoStageSuperpixel(
@@ -79,8 +79,11 @@ def checkpoint(folder: Path, data: SampleTextures) -> Path:
         default_root_dir=folder / "results",
     )
     engine.fit(model, datamodule=data)
-    # A longer training would have stage one less suspicious of the borders of good images.
-    torch.nn.init.constant_(model.model.stage_one.head.bias, float(model.model.stage_one.head.bias) - 0.6)
+    # So short a training leaves it to chance which images get something selected: make it every second one.
+    with torch.no_grad():
+        highest = model.model.stage_one(resize(photographs)).flatten(1).amax(dim=1)
+        threshold = torch.tensor(model.model.refiner.threshold).logit()
+        model.model.stage_one.head.bias += threshold - highest.quantile(0.5)
     engine.validate(model, datamodule=data)
     path = folder / "model.ckpt"
     engine.trainer.save_checkpoint(path)
@@ -136,7 +139,7 @@ def test_the_test_images_put_every_part_to_use(
         plain = model.post_processor(model.model(Resize([INPUT, INPUT], antialias=False)(photographs)))
     assert (stages.pooled_map - stages.stage_one_map).abs().mean() > 5 * TOLERANCE
     share = stages.selected.flatten(1).amax(dim=1).mean()
-    assert 0.2 < share < 0.9
+    assert 0.4 < share < 0.6
     assert 0.2 < predictions.pred_label.float().mean() < 0.9
     assert (plain.anomaly_map - predictions.anomaly_map.reshape_as(plain.anomaly_map)).abs().mean() > TOLERANCE
 

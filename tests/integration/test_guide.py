@@ -140,7 +140,7 @@ def test_configuration_and_inline_options_parse(tmp_path: Path) -> None:
 def test_the_walkthrough_is_called_as_it_says_itself() -> None:
     # tests/integration/test_walkthrough.py runs it.
     assert command_with("walkthrough") in (ROOT / "examples/walkthrough.py").read_text()
-    assert (ROOT / "docs" / re.findall(r"\]\((\S+walkthrough\.py)\)", GUIDE)[0]).is_file()
+    assert (ROOT / re.findall(r"`(\S+walkthrough\.py)`", GUIDE)[0]).is_file()
 
 
 def test_every_command_is_covered() -> None:

@@ -70,8 +70,6 @@ def slic(
     height, width = images.shape[-2:]
     size = _resolve_segment_size(height, width, n_segments, segment_size)
     _check_settings(compactness, num_iterations)
-    if not torch.compiler.is_compiling() and len(images) == 0:
-        return torch.empty(0, height, width, dtype=torch.int64, device=image.device)
     # A single NaN would become labels that no segment has, and on a GPU such an index ends the whole process.
     images = images.clamp(0, 1).nan_to_num(0.0)
     # Reduced precision moves pixels between segments. An export traces no autocast, and could not hold one.

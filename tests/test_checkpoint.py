@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +181,17 @@ def test_an_unfinished_write_is_beside_the_checkpoint_and_no_checkpoint(sound: P
     (partial,) = seen
     assert partial.parent == tmp_path
     assert partial.suffix != ".ckpt"
+
+
+@pytest.mark.integration
+def test_the_command_refuses_code(sound: Path, dataset: Path, tmp_path: Path) -> None:
+    path, trace = tmp_path / "code.ckpt", tmp_path / "executed"
+    damage("code", sound, path, trace)
+    command = [Path(sys.executable).with_name("anomalib"), "predict", "--model", "TwoStageSuperpixel"]
+    command += ["--model.variant", "small", "--data", dataset / "plate/test/good", "--ckpt_path", path]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    # The console folds long lines.
+    assert "could run code" in " ".join((run.stdout + run.stderr).split())
+    assert not trace.exists()

@@ -6,7 +6,7 @@ from anomalib_twostage.pseudo_anomaly import imitate_faults
 
 def perfect(batch: int) -> torch.Tensor:
     """Logits of a sure and correct stage one: a square defect."""
-    logits = torch.full((batch, 1, 64, 64), -8.0)
+    logits = torch.full((batch, 1, 64, 64), -6.0)
     logits[..., 16:48, 16:48] = 6.0
     return logits
 

@@ -112,7 +112,8 @@ def test_paint_comes_from_the_texture_folder(tmp_path: Path, monkeypatch: pytest
     inside = painted.permute(0, 2, 3, 1)[mask[:, 0] == 1]
     assert (inside[:, 1] == 0).all()
     torch.testing.assert_close(inside[:, 0], inside[:, 2])
-    assert inside[:, 0].median() > 0.9  # less only where paint thins out towards the border
+    assert inside[:, 0].median() > 0.5  # less than one only where paint thins out towards the border
+    assert inside[:, 0].max() == 1
 
 
 # How often
@@ -181,9 +182,10 @@ def test_shapes_are_everywhere_in_the_image(kind: type[PseudoAnomalyTransform], 
 
 
 def test_shapes_prefer_the_object_to_the_background(kind: type[PseudoAnomalyTransform]) -> None:
-    objects = torch.full((200, 3, 64, 64), 0.9)
-    objects[..., 8:24, 8:24] = torch.rand(200, 3, 16, 16) * 0.5
-    shapes = kind().shapes(objects).float()
+    objects = torch.full((800, 3, 64, 64), 0.9)
+    objects[..., 8:24, 8:24] = torch.rand(800, 3, 16, 16) * 0.5
+    painter = kind()
+    shapes = torch.cat([painter.shapes(some) for some in objects.split(50)]).float()
     assert shapes[..., 8:24, 8:24].mean() > 1.2 * shapes[..., 40:56, 40:56].mean()  # the same place, turned
 
 

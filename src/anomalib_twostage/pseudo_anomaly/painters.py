@@ -20,7 +20,8 @@ from anomalib_twostage.slic import Slic
 
 from .paint import mix_paint, move, tint
 from .perlin import random_perlin_noise
-from .random import choose, log_uniform, uniform
+from .pixels import Pixels, offsets, pick, sample, sums
+from .random import choose, log_uniform, to_device, uniform
 from .textures import builtin_textures, folder_textures
 
 __all__ = ["PerlinAnomaly", "PseudoAnomaly", "SuperpixelAnomaly"]
@@ -93,12 +94,8 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
         """
         image, given = self._unpack(inputs)
         images = image.as_subclass(torch.Tensor)
-        images = images if images.ndim == 4 else images.unsqueeze(0)
-        painted, mask = self._paint(v2.functional.to_dtype(images, torch.float32, scale=True))
-        painted = v2.functional.to_dtype(painted, image.dtype, scale=True).reshape(image.shape)
-        # A detour through float32 may round: outside the mask the given values stand, bit by bit.
-        untouched = (mask == 0).reshape(*image.shape[:-3], 1, *image.shape[-2:])
-        painted = torch.where(untouched, image.as_subclass(torch.Tensor), painted)
+        painted, mask = self._paint(images if images.ndim == 4 else images.unsqueeze(0))
+        painted = painted.view(image.shape)
         if isinstance(image, tv_tensors.TVTensor):
             painted = tv_tensors.wrap(painted, like=image)
         if given is None:
@@ -131,76 +128,58 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
             raise ValueError(msg)
         return image, mask
 
-    def _paint(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Paint float images ``(B, C, H, W)``; returns them and the masks ``(B, 1, H, W)``, float32 in {0, 1}."""
-        masks = images.new_zeros(images.shape[0], 1, *images.shape[-2:])
-        # Decided on the host, so that only the chosen images cost anything and the device is never waited for.
-        chosen = (torch.rand(images.shape[0]) < self.probability).nonzero().flatten().to(images.device)
-        if len(chosen) == 0 or images.numel() == 0:
-            return images, masks
-        painted, mask = self._paint_all(images[chosen])
-        return images.index_copy(0, chosen, painted), masks.index_copy(0, chosen, mask)
-
     @torch.no_grad()
-    def _paint_all(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, channels = images.shape[:2]
-        device = images.device
-        with torch.autocast(device.type, enabled=False):
-            rgb = images.expand(-1, 3, -1, -1)
-            shape = self.shapes(rgb)
-            paint, moved = mix_paint(rgb, self.textures.to(device))
-            # Paint thins out towards the border of its shape, by a softness that differs per call.
-            reach = int(torch.randint(0, max(2, max(rgb.shape[-2:]) // 32), ()))
-            soft = shape.float()
-            soft = soft * _box_mean(soft, 2 * reach + 1) if reach else soft
+    def _paint(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Paint images ``(B, C, H, W)``; returns them and the masks ``(B, 1, H, W)``, float32 in {0, 1}."""
+        painted = images.clone(memory_format=torch.contiguous_format)
+        masks = torch.zeros(images.shape[0], 1, *images.shape[-2:], device=images.device)
+        # Decided on the host, so that only the chosen images cost anything and the device is never waited for.
+        chosen = (torch.rand(images.shape[0]) < self.probability).nonzero().flatten()
+        if len(chosen) > 0 and images.numel() > 0:
+            with torch.autocast(images.device.type, enabled=False):
+                self._paint_chosen(painted, masks, to_device(chosen, images.device))
+        return painted, masks
 
-            # From here on only the pixels of the shapes, as (3, N), with the number of their image. To list them, a GPU
-            # would have to be waited for: there all pixels are taken.
-            inside = shape.flatten()
-            pixel = torch.arange(inside.numel(), device=device) if inside.is_cuda else inside.nonzero().flatten()
-            number = pixel.div(shape[0].numel(), rounding_mode="floor")
-            inside, soft = inside[pixel], soft.flatten()[pixel]
-            before, paint = _pick(rgb, pixel, number), _pick(paint, pixel, number)
-            opacity = uniform(batch, *self.opacity, device=device)
-            change = (tint(paint, number, moved, rgb) - before) * (soft * opacity[number])
+    def _paint_chosen(self, images: torch.Tensor, masks: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Paint some images ``(B, C, H, W)`` and their masks in place."""
+        device, channels, batch = images.device, images.shape[1], len(chosen)
+        given = images if batch == len(images) else images.index_select(0, chosen)
+        given = v2.functional.to_dtype(given, torch.float32, scale=True)
+        shape = self.shapes(given.expand(-1, 3, -1, -1))
+        pixels, paint, moved, of_moved = mix_paint(given, shape, self.textures.to(device))
 
-            # Half of the channels' difference in CIELAB is lost when colours are clamped or made grey, so look twice.
-            lab = _to_lab(before)
-            lift = _squared_length(_to_lab((before + change).clamp_(0, 1)) - lab).sqrt_() * inside
-            sums = torch.zeros(2, batch, device=device).index_add_(1, number, torch.stack([lift, inside.float()]))
-            lift = (_CLEAR / (sums[0] / sums[1].clamp_min(1)).clamp_min(1e-3)).clamp(1, 8)
-            painted = (before + change * lift[number]).clamp_(0, 1)
-            if channels == 1:
-                painted = painted.mean(dim=0, keepdim=True).expand(3, -1)
-            difference = (_to_lab(painted) - lab) * inside
-            visible = _squared_length(difference) > JUST_NOTICEABLE**2
-            visible &= self._shows_from_afar(difference, pixel, moved, rgb.shape)
+        # From here on only the pixels of the shapes, as (3, N), with the number of their image.
+        number = pixels.number
+        index = offsets(pixels, given.shape)
+        before = pick(given, index).expand(3, -1)
+        inside = pick(shape, offsets(pixels, shape.shape)).view(-1)
+        # Paint thins out towards the border of its shape, by a softness that differs per call.
+        reach = int(torch.randint(0, max(2, max(given.shape[-2:]) // 32), ()))
+        soft = _thinned(shape, pixels, reach) * inside if reach else inside
+        opacity = uniform(batch, *self.opacity, device=device).index_select(0, number)
+        change = tint(paint, number, moved, given).sub_(before).mul_(opacity.mul_(soft))
 
-            mask = torch.zeros(shape.shape, device=device)
-            mask.view(-1)[pixel] = visible.float()
-            result = images.clone(memory_format=torch.contiguous_format)
-            index = _offsets(images.shape, pixel, number)
-            kept = images.flatten()[index] if images.is_contiguous() else result.view(-1)[index]
-            result.view(-1)[index] = torch.where(visible, painted[:channels], kept)
-        return result, mask
+        # Half of the channels' difference in CIELAB is lost when colours are clamped or made grey, so look twice.
+        lab = _to_lab(before)
+        lift = _squared_length(_to_lab((before + change).clamp_(0, 1)).sub_(lab)).sqrt_() * inside
+        lift = sums(torch.stack([lift, inside.float()]), number, batch)
+        lift = (_CLEAR / (lift[0] / lift[1].clamp_min(1)).clamp_min(1e-3)).clamp(1, 8)
+        painted = change.mul_(lift.index_select(0, number)).add_(before).clamp_(0, 1)
+        if channels == 1:
+            painted = painted.mean(dim=0, keepdim=True).expand(3, -1)
+        difference = (_to_lab(painted).sub_(lab)).mul_(inside)
+        visible = _squared_length(difference) > JUST_NOTICEABLE**2
+        # Gravel on gravel changes every pixel and yet nothing to see: its grain averages out.
+        somewhat = Pixels(*(place[of_moved] for place in pixels))
+        afar = _seen_from_afar(difference[:, of_moved], somewhat, batch, *given.shape[-2:])
+        visible[of_moved] &= _squared_length(afar) > JUST_NOTICEABLE**2
 
-    @staticmethod
-    def _shows_from_afar(
-        difference: torch.Tensor, pixel: torch.Tensor, moved: torch.Tensor, shape: torch.Size
-    ) -> torch.Tensor:
-        """Where paint shows when its grain averages out, ``(N,)`` bool; other than training images always does.
-
-        Gravel on gravel changes every pixel and yet nothing to see.
-        """
-        batch, _, height, width = shape
-        apart = torch.zeros(3, batch * height * width, device=difference.device)
-        apart[:, pixel] = difference
-        apart = apart.view(3, batch, height, width)
-        window = max(3, max(height, width) // 24 | 1)
-        coarse = _squared_length(_box_mean(apart[:, moved], window))
-        shows = torch.ones(batch, height, width, dtype=torch.bool, device=difference.device)
-        shows[moved] = coarse > JUST_NOTICEABLE**2
-        return shows.flatten()[pixel]
+        pixels = Pixels(chosen.index_select(0, number), pixels.row, pixels.column)
+        masks.view(-1).put_(offsets(pixels, masks.shape).view(-1), visible.float())
+        # A detour through float32 may round: what is not painted stands, bit by bit.
+        index = offsets(pixels, images.shape)
+        painted = v2.functional.to_dtype(painted[:channels].unsqueeze(1), images.dtype, scale=True).squeeze(1)
+        images.view(-1).put_(index, torch.where(visible, painted, pick(images, index)))
 
 
 class PerlinAnomaly(PseudoAnomalyTransform):
@@ -221,18 +200,16 @@ class PerlinAnomaly(PseudoAnomalyTransform):
         """Draw where to paint: bool ``(B, 1, H, W)``."""
         batch, _, height, width = images.shape
         device, side = images.device, max(height, width)
-        noise, frequency = _stretched_noise(images, lowest=1.0, highest=24.0)
+        noise, frequency, step = _stretched_noise(height, width, batch, device, lowest=1.0, highest=24.0)
         level = torch.minimum(uniform(batch, 0.0, 1.8, device=device), 0.8 * noise.amax(dim=(1, 2)))
         # Near its zero line the noise climbs by about three standard deviations per lattice cell.
         line = log_uniform(batch, 1.0, 5.0, device=device) * 1.5 * frequency / side
         is_line = choose(batch, 0.35, device=device)
-        field = torch.where(
-            is_line.view(-1, 1, 1),
-            line.view(-1, 1, 1) - noise.abs(),
-            noise - level.view(-1, 1, 1),
-        )
-        shape = field > 0
-        return (shape & _window(shape, images)).unsqueeze(1)
+        low = torch.where(is_line, -line, level).view(-1, 1, 1)
+        high = torch.where(is_line, line, torch.inf).view(-1, 1, 1)
+        window = _window(torch.minimum(noise - low, high - noise), images, step)
+        noise = _enlarge(noise.unsqueeze(1), step, height, width).squeeze(1)
+        return ((noise > low) & (noise < high) & window).unsqueeze(1)
 
 
 class SuperpixelAnomaly(PseudoAnomalyTransform):
@@ -253,7 +230,7 @@ class SuperpixelAnomaly(PseudoAnomalyTransform):
         # At half resolution, and enlarged before the cut: a quarter of the work, and outlines without steps.
         batch, _, height, width = images.shape
         step = 2 if min(height, width) >= _LEAST_HALVED else 1
-        images = functional.avg_pool2d(images, step, ceil_mode=True)
+        images = _halve(_halve(images, -2), -1) if step == 2 else images
         rows, columns = images.shape[-2:]
         device = images.device
         if rows == columns == 1:  # nothing to cut
@@ -267,19 +244,18 @@ class SuperpixelAnomaly(PseudoAnomalyTransform):
         labels = slic(torch.where(own.view(-1, 1, 1, 1), images, foreign))
         segments = slic.max_segments(rows, columns)
 
-        noise, _ = _stretched_noise(images, lowest=1.0, highest=8.0)
-        field = superpixel_mean(noise.unsqueeze(1), labels, segments)
+        noise, _, coarse = _stretched_noise(rows, columns, batch, device, lowest=1.0, highest=8.0)
+        noise = _enlarge(noise.unsqueeze(1), coarse, rows, columns)
+        field = superpixel_mean(noise, labels, segments)
         level = torch.minimum(uniform(batch, 0.0, 1.8, device=device), 0.9 * field.amax(dim=(1, 2, 3)))
         field = field - level.view(-1, 1, 1, 1)
-        window = _window(field.squeeze(1) > 0, images).float().unsqueeze(1)
+        window = _window(field.squeeze(1), images, 1).float().unsqueeze(1)
         field = torch.minimum(field, superpixel_mean(window, labels, segments) - 0.5)
-        if step > 1:
-            field = functional.interpolate(field, scale_factor=step, mode="bilinear")[..., :height, :width]
-        return field > 0
+        return _enlarge(field, step, height, width) > 0
 
 
 class PseudoAnomaly(PseudoAnomalyTransform):
-    """Both painters, one or the other per image. Arguments and calls: :class:`PseudoAnomalyTransform`.
+    """Both painters by turns, the first one drawn by lot. Arguments and calls: :class:`PseudoAnomalyTransform`.
 
     Example:
         >>> painter = PseudoAnomaly(probability=1.0)
@@ -290,40 +266,69 @@ class PseudoAnomaly(PseudoAnomalyTransform):
 
     def shapes(self, images: torch.Tensor) -> torch.Tensor:
         """Draw where to paint: bool ``(B, 1, H, W)``."""
-        by_superpixel = torch.rand(len(images)) < 0.5
         shapes = torch.empty(len(images), 1, *images.shape[-2:], dtype=torch.bool, device=images.device)
-        for painter, chosen in ((SuperpixelAnomaly, by_superpixel), (PerlinAnomaly, ~by_superpixel)):
-            index = chosen.nonzero().flatten().to(images.device)
-            if len(index) > 0:
-                shapes.index_copy_(0, index, painter.shapes(self, images[index]))
+        first = int(torch.randint(2, ()))
+        for painter, start in ((SuperpixelAnomaly, first), (PerlinAnomaly, 1 - first)):
+            if start < len(images):
+                shapes[start::2] = painter.shapes(self, images[start::2])
         return shapes
 
 
-def _stretched_noise(images: torch.Tensor, lowest: float, highest: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Perlin noise ``(B, H, W)`` of random scale, direction and stretch, and its mean frequency ``(B,)``."""
-    batch, _, height, width = images.shape
-    frequency = log_uniform(batch, lowest, highest, device=images.device)
-    stretch = log_uniform(batch, 1 / 3, 3.0, device=images.device)
+def _stretched_noise(
+    height: int, width: int, batch: int, device: torch.device, lowest: float, highest: float
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Perlin noise ``(B, h, w)`` of random scale, direction and stretch, its mean frequency ``(B,)``, and its step.
+
+    The noise has one value per ``step`` by ``step`` pixels: the narrowest lattice cell, stretched as far as can be,
+    is three steps wide.
+    """
+    frequency = log_uniform(batch, lowest, highest, device=device)
+    stretch = log_uniform(batch, 1 / 3, 3.0, device=device)
     axes = torch.stack([frequency * stretch, frequency / stretch], dim=1).clamp(0.5, 64)
-    angle = uniform(batch, 0, torch.pi, device=images.device)
-    # The narrowest lattice cell, stretched as far as can be, is three steps wide.
+    angle = uniform(batch, 0, torch.pi, device=device)
     step = max(1, int(max(height, width) / (3 * highest * 3.0**0.5)))
-    return random_perlin_noise(height, width, axes, angle, step), frequency
+    return random_perlin_noise(-(-height // step), -(-width // step), axes, angle), frequency, step
 
 
-def _window(shape: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Discs around a random point of each shape ``(B, H, W)``, or everything for some of the batch."""
-    batch, height, width = shape.shape
-    device, side = shape.device, max(height, width)
+def _enlarge(values: torch.Tensor, step: int, height: int, width: int) -> torch.Tensor:
+    """Enlarge ``(B, 1, h, w)`` with one value per ``step`` by ``step`` pixels to ``(B, 1, height, width)``."""
+    if step == 1:
+        return values
+    return functional.interpolate(values, scale_factor=step, mode="bilinear")[..., :height, :width]
+
+
+def _halve(images: torch.Tensor, dim: int) -> torch.Tensor:
+    """Means of two lines each, the last one alone where their number is odd; several times faster than pooling."""
+    first = images[..., ::2, :] if dim == -2 else images[..., ::2]
+    second = images[..., 1::2, :] if dim == -2 else images[..., 1::2]
+    if second.shape[dim] < first.shape[dim]:
+        second = torch.cat([second, first.narrow(dim, first.shape[dim] - 1, 1)], dim=dim)
+    return (first + second).mul_(0.5)
+
+
+def _window(field: torch.Tensor, images: torch.Tensor, step: int) -> torch.Tensor:
+    """Discs around a random point of each shape, or everything for some of the batch: bool ``(B, H, W)``.
+
+    Args:
+        field: Above zero inside the shape, ``(B, h, w)``, one value per ``step`` by ``step`` pixels.
+        images: ``(B, 3, H, W)``.
+        step: See above.
+    """
+    batch, _, height, width = images.shape
+    device, side = images.device, max(height, width)
     # The highest of random numbers inside the shape: a draw from it without waiting for the device. One number for
-    # four by four pixels does.
-    draw = torch.rand(batch, 1, -(-height // 4), -(-width // 4), device=device) * _interest(images[..., ::4, ::4])
-    draw = functional.interpolate(draw, scale_factor=4.0, mode="nearest")[:, 0, :height, :width]
-    centre = (draw * shape).flatten(1).argmax(dim=1).view(-1, 1, 1)
-    y = torch.arange(height, device=device).view(1, -1, 1) - centre.div(width, rounding_mode="floor")
-    x = torch.arange(width, device=device).view(1, 1, -1) - centre.remainder(width)
-    radius = log_uniform(batch, 0.08, 0.6, device=device).view(-1, 1, 1) * side
-    return (y.square() + x.square() <= radius.square()) | choose(batch, 0.25, device=device).view(-1, 1, 1)
+    # four by four pixels does; where the shape slips through between them, the nearest in value is taken.
+    stride = max(1, 4 // step)
+    field, stride = field[:, ::stride, ::stride], stride * step
+    draw = torch.rand(field.shape, device=device).mul_(_interest(images[..., ::stride, ::stride]).squeeze(1))
+    best = torch.where(field > 0, draw, field.clamp_max(0)).flatten(1).argmax(dim=1).view(-1, 1, 1)
+    row = best.div(field.shape[2], rounding_mode="floor")
+    middle = (step - 1) / 2
+    y = torch.arange(height, device=device).view(1, -1, 1) - (row * stride + middle)
+    x = torch.arange(width, device=device).view(1, 1, -1) - ((best - row * field.shape[2]) * stride + middle)
+    radius = log_uniform(batch, 0.08, 0.6, device=device) * side
+    radius = torch.where(choose(batch, 0.25, device=device), torch.inf, radius).view(-1, 1, 1)
+    return x.square() <= radius.square() - y.square()
 
 
 def _interest(images: torch.Tensor) -> torch.Tensor:
@@ -337,18 +342,6 @@ def _interest(images: torch.Tensor) -> torch.Tensor:
     return torch.where(difference > 0.1, 1.0, 0.9)
 
 
-def _offsets(shape: torch.Size, pixel: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """Where in the memory of images ``(B, C, H, W)`` some pixels lie, ``(C, N)``."""
-    _, channels, height, width = shape
-    first = pixel + number * ((channels - 1) * height * width)
-    return first + torch.arange(channels, device=pixel.device).view(-1, 1) * (height * width)
-
-
-def _pick(images: torch.Tensor, pixel: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """Some pixels of images ``(B, C, H, W)``, as ``(C, N)``."""
-    return images.flatten()[_offsets(images.shape, pixel, number)]
-
-
 def _to_lab(pixels: torch.Tensor) -> torch.Tensor:
     """CIELAB of pixels ``(3, N)``."""
     return rgb_to_lab(pixels.unsqueeze(0)).squeeze(0)
@@ -359,13 +352,29 @@ def _squared_length(difference: torch.Tensor) -> torch.Tensor:
     return difference.square().sum(dim=0)
 
 
-def _box_mean(values: torch.Tensor, window: int) -> torch.Tensor:
-    """Mean over a square window of odd side, of the pixels in the image: by running sums, whatever the side."""
+def _thinned(shape: torch.Tensor, pixels: Pixels, reach: int) -> torch.Tensor:
+    """Share of a shape ``(B, 1, H, W)`` in a square window of ``2 * reach + 1`` pixels around each pixel, ``(N,)``.
+
+    Of every second row and column, which stands for its neighbours.
+    """
+    coarse = shape[..., ::2, ::2].float()
     for dim in (-2, -1):
-        size = values.shape[dim]
-        place = torch.arange(size, device=values.device)
-        first, behind = (place - window // 2).clamp_min(0), (place + window // 2 + 1).clamp_max(size)
-        sums = functional.pad(values.cumsum(dim), (0, 0, 1, 0) if dim == -2 else (1, 0))
-        count = (behind - first).view(-1, *[1] * (-dim - 1))
-        values = sums.index_select(dim, behind).sub_(sums.index_select(dim, first)).div_(count)
-    return values
+        place = torch.arange(coarse.shape[dim], device=coarse.device, dtype=torch.float32) * 2
+        apart = (place - place.view(-1, 1)).abs_()
+        weight = (reach + 1.5 - apart).mul_(0.5).clamp_(0, 1)
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        coarse = weight @ coarse if dim == -2 else coarse @ weight.T
+    return sample(coarse, pixels.number, pixels.row / 2, pixels.column / 2).view(-1)
+
+
+def _seen_from_afar(difference: torch.Tensor, pixels: Pixels, batch: int, height: int, width: int) -> torch.Tensor:
+    """Mean of differences ``(3, N)`` around each pixel, in a window of a 24th of the image; elsewhere they are zero."""
+    # Summed in cells of a third of the window, of which three by three are averaged.
+    cell = max(1, round(max(height, width) / 72))
+    rows, columns = -(-height // cell), -(-width // cell)
+    row, column = (place.div(cell, rounding_mode="floor") for place in pixels[1:])
+    cells = (pixels.number * rows + row) * columns + column
+    mean = sums(difference, cells, batch * rows * columns).view(3, batch, rows, columns).transpose(0, 1) / cell**2
+    mean = functional.avg_pool2d(mean, 3, stride=1, padding=1, count_include_pad=False)
+    y, x = ((place + 0.5) / cell - 0.5 for place in pixels[1:])
+    return sample(mean, pixels.number, y, x)

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-__all__ = ["choose", "log_uniform", "uniform"]
+__all__ = ["choose", "log_uniform", "to_device", "uniform"]
 
 
 def uniform(count: int, low: float, high: float, *, device: torch.device) -> torch.Tensor:
@@ -21,3 +21,8 @@ def log_uniform(count: int, low: float, high: float, *, device: torch.device) ->
 def choose(count: int, probability: float, *, device: torch.device) -> torch.Tensor:
     """Draw ``(count,)`` bool, true with the given probability."""
     return torch.rand(count, device=device) < probability
+
+
+def to_device(drawn: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Send what was drawn on the host to the device, without waiting until it is there."""
+    return drawn.to(device, non_blocking=True)

@@ -5,7 +5,8 @@
 
 One row per (category, seed, map) goes to OUT.csv as soon as it is measured, and a run that has its rows is skipped, so
 the command can be interrupted and repeated. OUT.md gets the table of means and spreads, OUT_<category>.png the
-stages of the first seed's model on a few test images. Further options go to `anomalib train` as they are.
+stages of the first seed's model on the images that it found best and worst by pixel AP, and on the good ones with the
+lowest and the highest score. Further options go to `anomalib train` as they are.
 """
 
 import argparse
@@ -26,12 +27,12 @@ import yaml
 from anomalib.data import AnomalibDataModule, ImageBatch, get_datamodule
 from anomalib.metrics import AUPR, AUPRO, AUROC
 from skimage.segmentation import find_boundaries
+from torchmetrics.functional.classification import binary_average_precision
 
 from anomalib_twostage import TwoStageSuperpixel
 
 MAPS = ("stage one", "superpixel mean", "final")
 METRICS = ("pixel AUROC", "pixel AP", "AUPRO", "image AUROC")
-PICTURES = 6
 
 
 def main() -> None:
@@ -114,15 +115,35 @@ def measure(model: TwoStageSuperpixel, data: AnomalibDataModule) -> dict[str, di
 
 
 @torch.no_grad()
+def choose(model: TwoStageSuperpixel, data: AnomalibDataModule) -> dict[str, int]:
+    """Successes and failures, by what they are: the numbers of test images."""
+    good, defective = [], []
+    for i, item in enumerate(data.test_data):
+        images, masks = model.pre_processor.transform(item.image.unsqueeze(0), item.gt_mask.unsqueeze(0))
+        final = model.model.stages(images).anomaly_map
+        if masks.any():
+            defective.append((float(binary_average_precision(final.flatten(), masks.flatten().int())), i))
+        else:
+            good.append((float(model.model.score(final)), i))
+    good, defective = sorted(good), sorted(defective, reverse=True)
+    return {
+        "best": defective[0][1],
+        "second best": defective[1][1],
+        "second worst": defective[-2][1],
+        "worst": defective[-1][1],
+        "good, calmest": good[0][1],
+        "good, loudest": good[-1][1],
+    }
+
+
+@torch.no_grad()
 def draw(model: TwoStageSuperpixel, data: AnomalibDataModule, path: Path) -> None:
     """One row per image: query, ground truth, stage one, superpixels, refined image, final map."""
-    samples = data.test_data.samples
-    kinds = samples.groupby("label", sort=False).head(1).index.tolist()
-    spread = kinds + [i for i in range(0, len(samples), max(1, len(samples) // PICTURES)) if i not in kinds]
-    items = [data.test_data[i] for i in sorted(spread[:PICTURES])]
+    chosen = choose(model, data)
     titles = ("image", "ground truth", "stage one", "superpixels", "refined image", "final map")
-    figure, axes = plt.subplots(len(items), len(titles), figsize=(2 * len(titles), 2 * len(items)), squeeze=False)
-    for row, item in zip(axes, items, strict=True):
+    figure, axes = plt.subplots(len(chosen), len(titles), figsize=(2 * len(titles), 2 * len(chosen)), squeeze=False)
+    for row, (kind, number) in zip(axes, chosen.items(), strict=True):
+        item = data.test_data[number]
         images, masks = model.pre_processor.transform(item.image.unsqueeze(0), item.gt_mask.unsqueeze(0))
         stages = model.model.stages(images)
         picture = images[0].permute(1, 2, 0).clamp(0, 1)
@@ -132,9 +153,11 @@ def draw(model: TwoStageSuperpixel, data: AnomalibDataModule, path: Path) -> Non
         shown = (picture, masks[0], stages.stage_one_map[0, 0], outlined, refined, stages.anomaly_map[0, 0])
         for axis, values, title in zip(row, shown, titles, strict=True):
             axis.imshow(values, vmin=0, vmax=1, cmap="inferno" if values.ndim == 2 else None)
-            axis.set_axis_off()
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
             if axis in axes[0]:
                 axis.set_title(title)
+        row[0].set_ylabel(kind)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)

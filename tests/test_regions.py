@@ -88,6 +88,11 @@ class TestFindRegions:
         assert items == find_regions(batch) == find_regions(bare) == find_regions(maps.numpy(), threshold=0.5)
         assert find_regions(batch.to_numpy()) == items
 
+    def test_masks_with_their_channel_last(self) -> None:
+        maps = two_squares().unsqueeze(0)
+        prediction = SimpleNamespace(anomaly_map=maps.numpy(), pred_mask=(maps > 0.5).unsqueeze(-1).numpy())
+        assert find_regions(prediction) == find_regions(maps, threshold=0.5)
+
     def test_boxes_are_scaled_to_the_file_and_cover_the_region(self) -> None:
         anomaly_map = torch.zeros(20, 30)
         anomaly_map[3:7, 10:16] = 1.0

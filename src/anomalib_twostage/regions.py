@@ -69,7 +69,7 @@ def find_regions(
     Args:
         prediction: What a model, an engine or an inferencer of anomalib returned, for one image (``ImageItem``) or
             several (``ImageBatch``, ``InferenceBatch``); or anomaly maps alone, a tensor or array ``(H, W)``,
-            ``(B, H, W)`` or ``(B, 1, H, W)``.
+            ``(B, H, W)``, ``(B, 1, H, W)`` or ``(B, H, W, 1)``.
         threshold: Pixels of the anomaly map above it belong to a region. By default the predicted mask says.
         min_area: Smallest region in pixels of the anomaly map; smaller ones are left out.
         image_sizes: Height and width of each image's file, to scale the boxes to, where the map shows the whole image;
@@ -309,12 +309,14 @@ def _planes(values: Any) -> np.ndarray:
     """Maps of any accepted shape as an array ``(B, H, W)``; half precision as single."""
     tensor = torch.as_tensor(values).detach().cpu()
     tensor = tensor.float() if tensor.is_floating_point() else tensor
-    if tensor.ndim == 4 and tensor.shape[1] == 1:
-        tensor = tensor.squeeze(1)
+    if tensor.ndim == 4 and 1 in (tensor.shape[1], tensor.shape[3]):
+        # Where an inferencer of anomalib hands out arrays, masks have their channel last.
+        tensor = tensor.squeeze(1 if tensor.shape[1] == 1 else 3)
     if tensor.ndim == 2:
         tensor = tensor.unsqueeze(0)
     if tensor.ndim != 3:
-        msg = f"An anomaly map or mask must be (H, W), (B, H, W) or (B, 1, H, W), got shape {tuple(tensor.shape)}."
+        accepted = "(H, W), (B, H, W), (B, 1, H, W) or (B, H, W, 1)"
+        msg = f"An anomaly map or mask must be {accepted}, got shape {tuple(tensor.shape)}."
         raise ValueError(msg)
     return tensor.numpy()
 

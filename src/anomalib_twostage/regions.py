@@ -18,7 +18,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from skimage.measure import label, regionprops
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from .resize import shows_whole_image
 
 __all__ = ["Box", "Region", "RegionWriter", "find_regions", "write_regions"]
 
@@ -255,7 +256,7 @@ class RegionWriter(Callback):
             return
         sizes = None
         paths = getattr(batch, "image_path", None)
-        if paths and _shows_whole_image(getattr(getattr(pl_module, "pre_processor", None), "transform", None)):
+        if paths and shows_whole_image(getattr(getattr(pl_module, "pre_processor", None), "transform", None)):
             sizes = [_file_size(path) for path in paths]
         self._regions += find_regions(batch, threshold=self.threshold, min_area=self.min_area, image_sizes=sizes)
 
@@ -342,12 +343,6 @@ def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _shows_whole_image(transform: Any) -> bool:
-    if isinstance(transform, Compose):
-        return all(_shows_whole_image(part) for part in transform.transforms)
-    return transform is None or isinstance(transform, Resize | Normalize)
 
 
 def _file_size(path: str) -> tuple[int, int] | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from anomalib.pre_processing.utils.transform import get_exportable_transform
-from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
+from torch import nn
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
-__all__ = ["AntialiasedResize", "exportable_transform"]
+__all__ = ["AntialiasedResize", "exportable_transform", "shows_whole_image"]
 
 _BILINEAR = ("bilinear", InterpolationMode.BILINEAR, 2)  # as torchvision's versions keep it; 2 is Pillow's
 
@@ -84,3 +85,10 @@ def exportable_transform(transform: Transform | None) -> Transform | None:
         height, width = transform.size
         return AntialiasedResize((height, width))
     return get_exportable_transform(copy.deepcopy(transform))
+
+
+def shows_whole_image(transform: nn.Module | None) -> bool:
+    """Whether a transform neither crops nor pads, so that what comes out shows what the image's file shows."""
+    if isinstance(transform, Compose):
+        return all(shows_whole_image(part) for part in transform.transforms)
+    return transform is None or isinstance(transform, Resize | Normalize)

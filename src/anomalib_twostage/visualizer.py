@@ -18,9 +18,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image, ImageDraw, ImageFont
 from skimage.segmentation import find_boundaries
-from torch import nn
-from torchvision.transforms.v2 import Compose, Resize
 
+from .resize import shows_whole_image
 from .torch_model import StageMaps, TwoStageSuperpixelModel
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ class StageVisualizer(Visualizer):
         del outputs, dataloader_idx
         assert isinstance(batch, ImageBatch)
         assert pl_module.last_stages is not None  # of the step that has just ended
-        stretch = _only_resizes(getattr(pl_module.pre_processor, "transform", None))
+        stretch = shows_whole_image(getattr(pl_module.pre_processor, "transform", None))
         folder, datamodule = self._folder(trainer), getattr(trainer, "datamodule", None)
         pictures = self.visualize(batch, pl_module.last_stages, stretch=stretch)
         for index, picture in enumerate(pictures):
@@ -343,13 +342,6 @@ def _caption(item: ImageItem) -> str:
 
 def _word(label: torch.Tensor) -> str:
     return "anomalous" if bool(label) else "normal"
-
-
-def _only_resizes(transform: nn.Module | None) -> bool:
-    """Whether the model sees the whole image, so that its maps fit the proportions of the file."""
-    if isinstance(transform, Compose):
-        return all(_only_resizes(part) for part in transform.transforms)
-    return transform is None or isinstance(transform, Resize)
 
 
 def _cannot_write(folder: Path, error: OSError) -> OSError:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,29 @@ def run_anomalib(*arguments: str | Path, cwd: Path, **environment: str) -> str:
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-4000:]
     return output
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a language on a page, commands in one line each."""
+    found = re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+    return [block.replace("\\\n", " ").strip() for block in found]
+
+
+def command_with(page: str, word: str) -> str:
+    """The one command on a page that holds a word."""
+    (command,) = (block for block in blocks(page, "bash") if word in block)
+    return command
+
+
+def run(command: str, folder: Path) -> str:
+    """Run a line of shell with this environment's commands first in the path; returns what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command and snippet of the user guide, as printed, at tiny size."""
 
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,34 +15,13 @@ from anomalib.cli import AnomalibCLI
 
 from anomalib_twostage import SuperpixelAnomaly
 
-from .conftest import write_dataset
+from .conftest import blocks, command_with, run, write_dataset
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/guide.md").read_text()
 TINY = "--trainer.max_steps=2 --trainer.val_check_interval=2"
-
-
-def blocks(language: str) -> list[str]:
-    found = re.findall(rf"```{language}\n(.*?)```", GUIDE, flags=re.DOTALL)
-    return [block.replace("\\\n", " ").strip() for block in found]
-
-
-def command_with(word: str) -> str:
-    (command,) = (block for block in blocks("bash") if word in block)
-    return command
-
-
-def run(command: str, folder: Path) -> str:
-    """Run a line of shell with this environment's commands first in the path; returns what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
     """The folder after the guide's training command."""
-    run(f"{command_with('anomalib train')} {TINY}", folder)
+    run(f"{command_with(GUIDE, 'anomalib train')} {TINY}", folder)
     return folder
 
 
@@ -81,7 +58,7 @@ def run_here(command: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Non
 
 
 def test_preview(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    run_here(command_with("anomalib_twostage.preview"), monkeypatch, folder)
+    run_here(command_with(GUIDE, "anomalib_twostage.preview"), monkeypatch, folder)
     assert "of the pixels painted" in capsys.readouterr().out
     assert (folder / "preview.png").is_file()
 
@@ -92,12 +69,12 @@ def test_training_leaves_pictures_and_logs_where_the_guide_says(trained: Path) -
     assert list((latest / "images").rglob("*.png"))
     assert (latest / "weights/lightning/model.ckpt").is_file()
     # The command of the guide stays in front and serves; this one looks at the same logs and ends.
-    assert "training_examples" in run(f"{command_with('tensorboard')} --inspect", trained)
+    assert "training_examples" in run(f"{command_with(GUIDE, 'tensorboard')} --inspect", trained)
 
 
 def test_predict(trained: Path) -> None:
     (writer,) = re.findall(r"`(--trainer\.callbacks \S+)`", GUIDE)
-    run(f"{command_with('anomalib predict')} {writer}", trained)
+    run(f"{command_with(GUIDE, 'anomalib predict')} {writer}", trained)
     assert list((trained / "results").rglob("regions_predict.csv"))
     (pictures,) = re.findall(r"The pictures lie in `(.*?)`\.", GUIDE)
     assert len(list((trained / pictures).rglob("*.png"))) == 4
@@ -105,7 +82,7 @@ def test_predict(trained: Path) -> None:
 
 def test_export_and_inference(trained: Path) -> None:
     # In the guide's order and in one process, which spares the imports of the second.
-    (trained / "snippets.py").write_text("\n".join(blocks("python")))
+    (trained / "snippets.py").write_text("\n".join(blocks(GUIDE, "python")))
     output = run("python snippets.py", trained)
     verdicts = re.findall(r"^(\d+)\.png: (anomalous|normal), score (0\.\d+|1\.000)$", output, flags=re.MULTILINE)
     assert len(verdicts) == 4
@@ -116,14 +93,14 @@ def test_export_and_inference(trained: Path) -> None:
 
 
 def test_sample_textures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_here(command_with("SampleTextures"), monkeypatch, folder)
+    run_here(command_with(GUIDE, "SampleTextures"), monkeypatch, folder)
     for name in ("datasets/SampleTextures/gravel/train/good", "datasets/SampleTextures/gravel/test/hole"):
         assert f"`{name}`" in GUIDE
         assert list((folder / name).glob("*.png"))
 
 
 def test_configuration_and_inline_options_parse(tmp_path: Path) -> None:
-    (configuration,) = blocks("yaml")
+    (configuration,) = blocks(GUIDE, "yaml")
     (tmp_path / "data.yaml").write_text(configuration)
     assert yaml.safe_load(configuration)["data"]["init_args"]["name"] == "parts"
     (off,) = re.findall(r"`(--model\.visualizer false)`", GUIDE)
@@ -139,11 +116,11 @@ def test_configuration_and_inline_options_parse(tmp_path: Path) -> None:
 
 def test_the_walkthrough_is_called_as_it_says_itself() -> None:
     # tests/integration/test_walkthrough.py runs it.
-    assert command_with("walkthrough") in (ROOT / "examples/walkthrough.py").read_text()
+    assert command_with(GUIDE, "walkthrough") in (ROOT / "examples/walkthrough.py").read_text()
     assert (ROOT / re.findall(r"`(\S+walkthrough\.py)`", GUIDE)[0]).is_file()
 
 
 def test_every_command_is_covered() -> None:
     covered = ("walkthrough", "SampleTextures;", "_twostage.preview", "anomalib train", "tensorboard --", "predict")
-    for command in blocks("bash"):
+    for command in blocks(GUIDE, "bash"):
         assert sum(word in command for word in covered) == 1, command

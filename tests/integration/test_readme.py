@@ -1,45 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command and snippet of the README, as printed, at tiny size. The two install commands are run by .ci/run."""
 
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from .conftest import write_dataset
+from .conftest import blocks, command_with, run, write_dataset
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 TINY = "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.check_val_every_n_epoch=1"
 TINY_STEPS = "--trainer.max_steps=2 --trainer.val_check_interval=2"
-
-
-def blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    found = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-    return [block.replace("\\\n", " ").strip() for block in found]
-
-
-def command_with(*words: str) -> str:
-    (command,) = (block for block in blocks("bash") if all(word in block for word in words))
-    return command
-
-
-def run(command: str, folder: Path) -> None:
-    """Run a line of shell with this environment's `anomalib` first in the path."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(folder: Path) -> Path:
     """What the README's MVTec AD command leaves behind, where the README's next commands look for it."""
-    run(f"{command_with('--data MVTecAD')} {TINY_STEPS} --data.num_workers=0", folder)
+    run(f"{command_with(README, '--data MVTecAD')} {TINY_STEPS} --data.num_workers=0", folder)
     (saved,) = (folder / "results/TwoStageSuperpixel/MVTecAD").rglob("*.ckpt")
     target = folder / "path/to/model.ckpt"
     shutil.copy(saved, target)
@@ -66,25 +42,25 @@ def checkpoint(folder: Path) -> Path:
 
 
 def test_train_on_own_images(folder: Path) -> None:
-    run(f"{command_with('--data Folder')} {TINY}", folder)
+    run(f"{command_with(README, '--data Folder')} {TINY}", folder)
     assert list((folder / "results/TwoStageSuperpixel/parts").rglob("*.ckpt"))
 
 
 def test_predict_own_images(folder: Path, checkpoint: Path) -> None:
     assert checkpoint.exists()
-    run(command_with("anomalib predict"), folder)
+    run(command_with(README, "anomalib predict"), folder)
     assert len(list((folder / "results").rglob("images/**/defective/*.png"))) >= 2
 
 
 def test_export(folder: Path, checkpoint: Path) -> None:
     assert checkpoint.exists()
-    run(command_with("anomalib export"), folder)
+    run(command_with(README, "anomalib export"), folder)
     assert list((folder / "results").rglob("*.xml"))
 
 
 def test_benchmark(folder: Path) -> None:
     # Padim downloads its backbone and Draem takes seconds an image: without the one, and on a tiny data set.
-    command = command_with("anomalib benchmark").replace("MAX_STEPS=400", "MAX_STEPS=1")
+    command = command_with(README, "anomalib benchmark").replace("MAX_STEPS=400", "MAX_STEPS=1")
     name = command.split()[-1]
     settings = yaml.safe_load((ROOT / name).read_text())
     models = settings["benchmark"]["model"]["class_path"]
@@ -100,22 +76,24 @@ def test_benchmark(folder: Path) -> None:
 
 
 def test_preview(folder: Path) -> None:
-    run(command_with("anomalib_twostage.preview"), folder)
+    run(command_with(README, "anomalib_twostage.preview"), folder)
     with Image.open(folder / "preview.png") as picture:
         assert picture.height > picture.width / 3  # all four images
 
 
 def test_comparison(folder: Path) -> None:
     tiny = "--labels 'ours, small' --categories bottle --seeds 0 --trainer.max_steps 2 --trainer.accelerator cpu"
-    command = f"{command_with('anomalib_twostage.benchmark')} {tiny} --dtd_dir path/to/images --data.num_workers 0"
+    command = (
+        f"{command_with(README, 'anomalib_twostage.benchmark')} {tiny} --dtd_dir path/to/images --data.num_workers 0"
+    )
     run(command, folder)
     (table,) = (folder / "results").glob("comparison*.csv")
     assert len(table.read_text().splitlines()) == 4  # the head and three maps
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
+@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
 def test_python_snippet(number: int, folder: Path) -> None:
-    code = blocks("python")[number].replace("max_steps=400", "max_steps=1")
+    code = blocks(README, "python")[number].replace("max_steps=400", "max_steps=1")
     script = folder / f"snippet_{number}.py"
     script.write_text(code)
     run(f"python {script.name}", folder)
@@ -132,7 +110,7 @@ def test_every_command_is_covered() -> None:
         "anomalib_twostage.preview",
         "anomalib_twostage.benchmark",
     )
-    for command in blocks("bash"):
+    for command in blocks(README, "bash"):
         assert sum(word in command for word in covered) == 1, command
 
 

@@ -25,6 +25,7 @@ from _timing import Report, interleave, paired_ratio, parse, parser, synchronize
 from skimage import data, segmentation
 
 from anomalib_twostage import Slic
+from anomalib_twostage.color import rgb_to_lab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.test_slic import CROPS, boundary_recall, crop, explained_variation, undersegmentation_error
@@ -49,6 +50,10 @@ def main() -> None:
     for size in (8, 16):
         for count in (1, BATCH):
             speed(report, size, count, arguments.rounds, arguments.device)
+    report.table("segments, images", "part of ours", "ms", "share")
+    for size in (8, 16):
+        for count in (1, BATCH):
+            parts(report, size, count, arguments.rounds, arguments.device)
     if arguments.quick:
         return
     titles = ("explained variation", "boundary recall", "undersegmentation error")
@@ -57,9 +62,36 @@ def main() -> None:
         quality(report, size)
 
 
+def crops(count: int) -> list[np.ndarray]:
+    """Overlapping parts of a photograph, uint8 ``(H, W, 3)``."""
+    return [data.astronaut()[:SIDE, 8 * i : SIDE + 8 * i] for i in range(count)]
+
+
+def tensor(photographs: list[np.ndarray], device: str) -> torch.Tensor:
+    return torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2).float().div(255).to(device)
+
+
+def parts(report: Report, size: int, count: int, rounds: int, device: str) -> None:
+    """Where the time goes, by leaving out: without rounds the first centres, one assignment and the labels are left."""
+    images = tensor(crops(count), device)
+    whole, without = Slic(segment_size=size), Slic(segment_size=size, num_iterations=0)
+    functions = {"whole": whole, "without": without, "colour": rgb_to_lab}
+    calls = {name: lambda function=function: function(images) for name, function in functions.items()}
+    times = interleave(calls, rounds, device)
+    ms = {name: float(np.median(values)) for name, values in times.items()}
+    title = f"{(SIDE // size) ** 2}, {count}"
+    shown = {
+        "conversion to CIELAB": ms["colour"],
+        "cells, first centres, last assignment, labels": ms["without"] - ms["colour"],
+        f"{whole.num_iterations} rounds of k-means": ms["whole"] - ms["without"],
+    }
+    for name, value in shown.items():
+        report.row(title, name, value, f"{value / ms['whole']:.0%}")
+
+
 def speed(report: Report, size: int, count: int, rounds: int, device: str) -> None:
-    photographs = [data.astronaut()[:SIDE, 8 * i : SIDE + 8 * i] for i in range(count)]
-    images = torch.from_numpy(np.stack(photographs)).permute(0, 3, 1, 2).float().div(255).to(device)
+    photographs = crops(count)
+    images = tensor(photographs, device)
     slic = Slic(segment_size=size).to(device)
     wanted = int(slic(images)[0].max()) + 1
     got = {"ours": wanted}

@@ -201,7 +201,7 @@ def test_results_need_a_file(config: Path, trained: list[str]) -> None:
     assert trained == []
 
 
-@pytest.mark.parametrize("name", ["ablation_cpu", "comparison", "comparison_cpu"])
+@pytest.mark.parametrize("name", ["ablation", "ablation_cpu", "comparison", "comparison_cpu"])
 def test_shipped_configurations_are_valid(name: str, tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / f"configs/benchmark/{name}.yaml"
     parser = Comparison.get_parser()

@@ -175,11 +175,11 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
         visible[of_moved] &= _squared_length(afar) > JUST_NOTICEABLE**2
 
         pixels = Pixels(chosen.index_select(0, number), pixels.row, pixels.column)
-        masks.view(-1).put_(offsets(pixels, masks.shape).view(-1), visible.float())
+        masks.view(-1).scatter_(0, offsets(pixels, masks.shape).view(-1), visible.float())
         # A detour through float32 may round: what is not painted stands, bit by bit.
         index = offsets(pixels, images.shape)
         painted = v2.functional.to_dtype(painted[:channels].unsqueeze(1), images.dtype, scale=True).squeeze(1)
-        images.view(-1).put_(index, torch.where(visible, painted, pick(images, index)))
+        images.view(-1).scatter_(0, index.flatten(), torch.where(visible, painted, pick(images, index)).flatten())
 
 
 class PerlinAnomaly(PseudoAnomalyTransform):

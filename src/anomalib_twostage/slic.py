@@ -209,19 +209,21 @@ def _segment(images: torch.Tensor, size: int, compactness: float, num_iterations
     # Weights come last, so that one product yields sums and counts together.
     summands = torch.cat([samples * weight, place * weight, weight], dim=1).transpose(1, 2)
     for _ in range(num_iterations):
-        member = _nearest(samples, place, centres, offsets, beyond)
-        # A pixel halfway between two centres counts for both: no index, no one-hot.
+        # One for the nearest centre, zero for the others, which fall below it by far; a comparison would take ten
+        # times as long. A pixel halfway between two centres counts for both: no index, no one-hot.
+        member = _distance(samples, place, centres, offsets, beyond).mul_(-_STEEP).add_(1.0).clamp_min_(0.0)
         centres = _move(torch.bmm(member, summands), centres, offsets)
 
-    member = _nearest(cells.flatten(2), _places(size, 1, cells.device), centres, offsets, beyond)
-    # The way from a cell's own number to each of the nine, raised above zero: the product's highest entry is the one
-    # way taken. Several times faster than argmin() over a strided dimension.
+    distance = _distance(cells.flatten(2), _places(size, 1, cells.device), centres, offsets, beyond)
+    # The way from a cell's own number to each of the nine, raised above zero: the one way left is the highest. Several
+    # times faster than argmin() over a strided dimension.
     way = offsets @ offsets.new_tensor([columns, 1.0]) + (columns + 2)
-    home = torch.arange(-columns - 2, (rows - 1) * columns - 2, device=cells.device).repeat(batch).unsqueeze(1)
-    labels = home + member.mul_(way.view(9, 1)).amax(dim=1).long()
+    way = distance.mul_(-_STEEP).add_(way.view(9, 1)).amax(dim=1).int()
+    home = torch.arange(-columns - 2, (rows - 1) * columns - 2, device=cells.device, dtype=torch.int32)
+    labels = home.repeat(batch).unsqueeze(1) + way
     labels = labels.reshape(batch, rows, columns, size, size).transpose(2, 3)
     labels = labels.reshape(batch, rows * size, columns * size)
-    return labels[:, top : top + height, left : left + width]
+    return labels[:, top : top + height, left : left + width].long()
 
 
 def _places(size: int, stride: int, device: torch.device) -> torch.Tensor:
@@ -249,14 +251,14 @@ def _neighbours(centres: torch.Tensor, beyond: float = 0.0) -> torch.Tensor:
     return torch.stack(views, dim=3).flatten(0, 2)
 
 
-def _nearest(
+def _distance(
     colour: torch.Tensor,
     place: torch.Tensor,
     centres: torch.Tensor,
     offsets: torch.Tensor,
     beyond: torch.Tensor,
 ) -> torch.Tensor:
-    """1 for the nearest of the nine centres of each pixel, 0 for the others, ``(B * rows * columns, 9, pixels)``.
+    """How much farther than the nearest of its nine centres each is from a pixel, ``(B * rows * columns, 9, pixels)``.
 
     Squared distances lack the pixel's own square, which is the same for all nine. Colours are taken relative to the
     mean of the nine centres, and places relative to the middle of the cell, so that the products stay small and hardly
@@ -270,9 +272,7 @@ def _nearest(
     distance = torch.addmm(square.flatten(0, 1), spot.flatten(0, 1), place, alpha=-2.0)
     # In place from here on: fresh memory of this size costs as much as the arithmetic.
     distance = distance.view(-1, 9, place.shape[1]).baddbmm_(hue, colour, alpha=-2.0)
-    # The lowest minus itself is zero, the others fall below by so much that only the lowest is left. A comparison
-    # would take ten times as long.
-    return distance.sub_(distance.amin(dim=1, keepdim=True)).mul_(-_STEEP).add_(1.0).clamp_min_(0.0)
+    return distance.sub_(distance.amin(dim=1, keepdim=True))
 
 
 def _move(sums: torch.Tensor, centres: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -291,5 +291,5 @@ def _dense_labels(labels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Renumber so that every number from 0 up is in use in each image."""
     flat = labels.flatten(1)
     used = torch.zeros(labels.shape[0], grid[0] * grid[1], dtype=torch.int64, device=labels.device)
-    used = used.scatter(1, flat, torch.ones_like(flat))
+    used = used.scatter(1, flat, 1)
     return (used.cumsum(dim=1) - 1).gather(1, flat).reshape(labels.shape)

@@ -71,7 +71,7 @@ def slic(
     size = _resolve_segment_size(height, width, n_segments, segment_size)
     _check_settings(compactness, num_iterations)
     # A single NaN would become labels that no segment has, and on a GPU such an index ends the whole process.
-    images = images.clamp(0, 1).nan_to_num(0.0)
+    images = images.clamp(0, 1).nan_to_num_(0.0)
     # Reduced precision moves pixels between segments. An export traces no autocast, and could not hold one.
     autocast = torch.is_autocast_enabled(image.device.type)
     with torch.autocast(image.device.type, enabled=False) if autocast else nullcontext():

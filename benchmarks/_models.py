@@ -43,7 +43,7 @@ def select_on_photograph_only(model: TwoStageSuperpixelModel, side: int) -> None
     """
     head = model.stage_one.head
     for _ in range(2):
-        good, defective = model.stage_one(flat(side)), model.stage_one(photograph(side))
+        good, defective = model.stage_one(model.seen(flat(side))), model.stage_one(model.seen(photograph(side)))
         low, high = float(good.max()), float(defective.max())
         if high > low:
             threshold = math.log(model.refiner.threshold / (1 - model.refiner.threshold))

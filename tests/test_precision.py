@@ -59,11 +59,7 @@ def test_mixed_precision_stays_finite_over_both_stages(
 @pytest.mark.parametrize("gate_and_loss", [("average", SegmentationLoss), ("hard", PaperLoss)])
 def test_float16_autocast_stays_finite_over_both_stages(gate_and_loss: tuple) -> None:
     gate, loss = gate_and_loss[0], gate_and_loss[1]()
-    model = two_stage_superpixel_model("small", segment_size=8)
-    if gate == "hard":
-        model = type(model)(
-            model.stage_one, model.slic, model.refiner, two_stage_superpixel_model("small").stage_one, gate="hard"
-        )
+    model = two_stage_superpixel_model("small", segment_size=8, gate=gate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(12):
         if step == 6:
@@ -73,7 +69,7 @@ def test_float16_autocast_stays_finite_over_both_stages(gate_and_loss: tuple) ->
         images[:, :, 20:40, 20:40] = 1
         mask[:, :, 20:40, 20:40] = 1
         with torch.autocast("cpu", dtype=torch.float16):
-            logits = model.stage_one(images) if step < 6 else model.stages(images).stage_two_logits
+            logits = model.stage_one(model.seen(images)) if step < 6 else model.stages(images).stage_two_logits
             value = loss(logits, mask)
         value.backward()
         assert value.isfinite()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from anomalib_twostage.regions import Region, RegionWriter, find_regions, write_regions
     from anomalib_twostage.slic import Slic, slic
     from anomalib_twostage.superpixel_post_processor import SuperpixelPostProcessor
+    from anomalib_twostage.template import GoldenTemplate
     from anomalib_twostage.torch_model import TwoStageSuperpixelModel
     from anomalib_twostage.unet import UNet
     from anomalib_twostage.visualizer import StageVisualizer
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "GoldenTemplate",
     "PaperLoss",
     "PerlinAnomaly",
     "PseudoAnomaly",
@@ -65,6 +67,7 @@ __all__ = [
 
 # Every program that imports torch imports this file (see plugin.py), so the names are resolved on first use.
 _SUBMODULES = {
+    "GoldenTemplate": "template",
     "PaperLoss": "loss",
     "PerlinAnomaly": "pseudo_anomaly",
     "PseudoAnomaly": "pseudo_anomaly",

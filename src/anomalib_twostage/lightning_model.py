@@ -8,10 +8,11 @@ Paper: Shah Rizwan Ali and HyungWon Kim, "Enhancement of Anomaly Detection Using
 Model", EasyChair preprint, 2022.
 """
 
+import copy
 import math
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,7 @@ _PAINTERS: dict[str, type[PseudoAnomalyTransform]] = {
 _WARM_UP = 0.05  # share of each stage's steps over which the learning rate rises
 _DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
 _FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
+_TEMPLATE_IMAGES = 500  # more change the statistics little
 _OVERSHOOT = 0.1  # resizing may leave [0, 1] by this much; normalised images leave it by more
 
 
@@ -77,6 +79,8 @@ class TwoStageSuperpixel(AnomalibModule):
             ``None`` takes the variant's own.
         gate: ``"average"`` (stage two's map is averaged with stage one's inside the selected superpixels, outside them
             stage one's stands) or ``"hard"`` (zero outside, as published); ``None`` takes the variant's own.
+        template: Whether the networks also see how far each pixel is from the good training images at the same place
+            (:class:`~anomalib_twostage.template.GoldenTemplate`); ``None`` takes the variant's own.
         segment_size: Side of a superpixel in pixels of the resized image.
         compactness: Weight of position against colour in SLIC.
         stage_one_fraction: Share of the optimiser steps for stage one, in (0, 1).
@@ -106,6 +110,7 @@ class TwoStageSuperpixel(AnomalibModule):
         variant: Literal["default", "small", "paper"] = "default",
         loss: Literal["default", "paper"] | None = None,
         gate: Literal["average", "hard"] | None = None,
+        template: bool | None = None,
         segment_size: int = 16,
         compactness: float = 10.0,
         stage_one_fraction: float = 0.7,
@@ -129,7 +134,7 @@ class TwoStageSuperpixel(AnomalibModule):
         if not learning_rate > 0:
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
-        self.model = two_stage_superpixel_model(variant, segment_size, compactness, gate=gate)
+        self.model = two_stage_superpixel_model(variant, segment_size, compactness, gate=gate, template=template)
         loss = loss or VARIANTS[variant].loss
         if loss not in _LOSSES:
             msg = f"loss must be one of {sorted(_LOSSES)}, got {loss!r}."
@@ -195,13 +200,15 @@ class TwoStageSuperpixel(AnomalibModule):
             strategy.checkpoint_io = strategy.checkpoint_io.checkpoint_io
 
     def on_train_start(self) -> None:
-        """See whether the datamodule paints, and let each process paint differently."""
+        """See whether the datamodule paints, let each process paint differently, and take the template."""
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         augmentations = getattr(dataset, "augmentations", None)
         self._images_come_painted = bool(extract_transforms_by_type(augmentations, PseudoAnomalyTransform))
         if self.trainer.world_size > 1:  # all processes start from one seed
             done = self.trainer.world_size * self.trainer.global_step
             torch.manual_seed((torch.initial_seed() + done + self.global_rank) % 2**63)
+        if self.model.template is not None and self.trainer.global_step == 0:  # a resumed run has it already
+            self.model.template.fit(self._good_images(dataset))
 
     def on_fit_start(self) -> None:
         """Continue the random numbers of a resumed run, if the optimiser was configured elsewhere."""
@@ -231,9 +238,9 @@ class TwoStageSuperpixel(AnomalibModule):
         self._check_batch(batch)
         images, mask = self._painted(batch)
         if self.model.stage == 1:
-            loss = self.loss(self.model.stage_one(images), mask)
+            loss = self.loss(self.model.stage_one(self.model.seen(images)), mask)
         else:
-            logits = imitate_faults(self.model.stage_one(images).float())
+            logits = imitate_faults(self.model.stage_one(self.model.seen(images)).float())
             loss = self.loss(self.model.stages(images, logits).stage_two_logits, mask)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, logger=True, batch_size=len(images))
         self.log("stage", float(self.model.stage), prog_bar=True, batch_size=len(images))
@@ -426,6 +433,19 @@ class TwoStageSuperpixel(AnomalibModule):
         assert self.painter is not None  # made in setup
         return self.painter(vary_illumination(images))
 
+    def _good_images(self, dataset: Any) -> Iterator[torch.Tensor]:
+        """Training images as the model sees them, before any augmentation; of many, some evenly spaced ones."""
+        plain = copy.copy(dataset)
+        if hasattr(plain, "augmentations"):
+            plain.augmentations = None
+        transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
+        count = min(len(plain), _TEMPLATE_IMAGES)
+        for i in range(count):
+            item = plain[i * len(plain) // count]
+            image = item.image if transform is None else transform(item.image)
+            self._check_images(image, [item.image_path] if item.image_path else [])
+            yield image
+
     def _check_size(self, height: int, width: int) -> None:
         smallest = self.model.stage_one.minimum_size
         if min(height, width) < smallest:
@@ -444,11 +464,13 @@ class TwoStageSuperpixel(AnomalibModule):
     def _check_batch(self, batch: Batch) -> None:
         assert isinstance(batch, ImageBatch)
         assert isinstance(batch.image, torch.Tensor)
-        images = batch.image
+        self._check_images(batch.image, batch.image_path or [])
+
+    def _check_images(self, images: torch.Tensor, paths: list[str]) -> None:
         self._check_size(*images.shape[-2:])
         low, high = (float(value) for value in images.detach().float().aminmax())
         if math.isnan(low) or math.isnan(high):
-            msg = f"The batch holds NaN pixels; check these images and the augmentations: {batch.image_path}."
+            msg = f"The batch holds NaN pixels; check these images and the augmentations: {paths}."
             raise ValueError(msg)
         if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
             msg = (
@@ -456,7 +478,7 @@ class TwoStageSuperpixel(AnomalibModule):
                 "take normalisation out of the augmentations and the pre-processor, and scale integers to [0, 1]."
             )
             raise ValueError(msg)
-        self._refuse_deep_images(batch.image_path or ())
+        self._refuse_deep_images(paths)
 
     def _refuse_deep_images(self, paths: Iterable[str]) -> None:
         """Refuse files of 16 and more bits a channel: anomalib clips them at 255 and would hand over white images."""

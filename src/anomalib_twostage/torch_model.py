@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .refiner import SuperpixelRefiner
 from .slic import Slic
+from .template import GoldenTemplate
 from .unet import UNet
 
 __all__ = ["VARIANTS", "StageMaps", "TwoStageSuperpixelModel", "Variant", "two_stage_superpixel_model"]
@@ -44,11 +45,12 @@ class StageMaps(NamedTuple):
 class TwoStageSuperpixelModel(nn.Module):
     """Stage one, superpixel refinement, stage two.
 
-    The parts are passed in. Two gates tie them together:
+    The parts are passed in. With a template, what the networks see of an image includes its deviation from the good
+    ones. Two gates tie the stages together:
 
     * ``"hard"``, as published: stage two sees the refined image alone and draws the map; outside the selected
       superpixels the map is zero.
-    * ``"average"``: stage two sees the image, stage one's map and its superpixel average. Inside the selected
+    * ``"average"``: stage two sees what stage one sees, stage one's map and its superpixel average. Inside the selected
       superpixels its map is averaged with the mean of those two maps. Outside them stage one's ranking stands, where
       the hard gate would tie every missed pixel at zero, and where nothing is selected stage two has no say.
 
@@ -56,12 +58,13 @@ class TwoStageSuperpixelModel(nn.Module):
     the mean of it and its superpixel average for the other.
 
     Args:
-        stage_one: Network from images to logits.
+        stage_one: Network to logits from images, or, with a template, from images and their deviations.
         slic: Superpixels of the images.
         refiner: Selects superpixels.
-        stage_two: Network to logits, from the refined image (``"hard"``) or from image and two maps
+        stage_two: Network to logits, from the refined image (``"hard"``) or from what stage one sees and two maps
             (``"average"``, two channels more).
         gate: How stage two's output enters the map.
+        template: Template of the good images, or ``None``.
 
     Raises:
         ValueError: If ``gate`` is unknown.
@@ -87,6 +90,7 @@ class TwoStageSuperpixelModel(nn.Module):
         refiner: SuperpixelRefiner,
         stage_two: UNet,
         gate: Literal["hard", "average"] = "average",
+        template: GoldenTemplate | None = None,
     ) -> None:
         super().__init__()
         if gate not in ("hard", "average"):
@@ -97,6 +101,7 @@ class TwoStageSuperpixelModel(nn.Module):
         self.refiner = refiner
         self.stage_two = stage_two
         self.gate = gate
+        self.template = template
         self.stage = 1
 
     def start_stage_two(self) -> None:
@@ -133,6 +138,10 @@ class TwoStageSuperpixelModel(nn.Module):
         """Restore the stage from the state dict."""
         self._set_stage(int(state))
 
+    def seen(self, images: torch.Tensor) -> torch.Tensor:
+        """What stage one sees of images ``(B, C, H, W)``: them and, with a template, their deviations beside them."""
+        return images if self.template is None else torch.cat([images, self.template(images)], dim=1)
+
     def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
         """Run the model and keep every intermediate result.
 
@@ -143,8 +152,9 @@ class TwoStageSuperpixelModel(nn.Module):
         Returns:
             See :class:`StageMaps`.
         """
+        seen = self.seen(images)
         if stage_one_logits is None:
-            stage_one_logits = self.stage_one(images)
+            stage_one_logits = self.stage_one(seen)
         stage_one_map = stage_one_logits.detach().float().sigmoid()
         labels = self.slic(images)
         max_segments = self.slic.max_segments(*images.shape[-2:])
@@ -159,7 +169,8 @@ class TwoStageSuperpixelModel(nn.Module):
         else:
             anomaly_map = (stage_one_map + refined.pooled) / 2
             if self.stage == 2:
-                seen = torch.cat([images, stage_one_map.to(images.dtype), refined.pooled.to(images.dtype)], dim=1)
+                maps = torch.cat([stage_one_map, refined.pooled], dim=1)
+                seen = torch.cat([seen, maps.to(images.dtype)], dim=1)
                 stage_two_logits = self._stage_two_logits(seen, refined.selected)
                 anomaly_map = torch.lerp(anomaly_map, stage_two_logits.sigmoid(), refined.selected / 2)
         return StageMaps(
@@ -227,6 +238,7 @@ class Variant:
         gate: See :class:`TwoStageSuperpixelModel`.
         threshold: Selection threshold of the refiner.
         loss: Loss of both stages.
+        template: Whether there is a golden template.
     """
 
     widths: tuple[int, ...]
@@ -234,12 +246,15 @@ class Variant:
     gate: Literal["hard", "average"]
     threshold: float
     loss: Literal["default", "paper"]
+    template: bool = True
 
 
 VARIANTS = {
     "default": Variant(widths=(32, 64, 128, 256, 256), stem_stride=2, gate="average", threshold=0.1, loss="default"),
     "small": Variant(widths=(16, 32, 64, 128, 128), stem_stride=2, gate="average", threshold=0.1, loss="default"),
-    "paper": Variant(widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper"),
+    "paper": Variant(
+        widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper", template=False
+    ),
 }
 
 
@@ -249,6 +264,7 @@ def two_stage_superpixel_model(
     compactness: float = 10.0,
     in_channels: int = 3,
     gate: Literal["hard", "average"] | None = None,
+    template: bool | None = None,
 ) -> TwoStageSuperpixelModel:
     """Build a published variant.
 
@@ -260,6 +276,8 @@ def two_stage_superpixel_model(
         in_channels: Channels of the images, 1 or 3.
         gate: How stage two's output enters the map; ``None`` takes the variant's own. See
             :class:`TwoStageSuperpixelModel`.
+        template: Whether the networks see how far images are from a
+            :class:`~anomalib_twostage.template.GoldenTemplate`; ``None`` takes the variant's own.
 
     Returns:
         The model with fresh weights.
@@ -272,11 +290,13 @@ def two_stage_superpixel_model(
         raise ValueError(msg)
     shape = VARIANTS[variant]
     gate = gate or shape.gate
-    seen = in_channels if gate == "hard" else in_channels + 2
+    template = shape.template if template is None else template
+    seen = 2 * in_channels if template else in_channels
     return TwoStageSuperpixelModel(
-        stage_one=UNet(in_channels, shape.widths, shape.stem_stride),
+        stage_one=UNet(seen, shape.widths, shape.stem_stride),
         slic=Slic(segment_size, compactness),
         refiner=SuperpixelRefiner(shape.threshold),
-        stage_two=UNet(seen, shape.widths, shape.stem_stride),
+        stage_two=UNet(in_channels if gate == "hard" else seen + 2, shape.widths, shape.stem_stride),
         gate=gate,
+        template=GoldenTemplate(in_channels) if template else None,
     )

@@ -100,7 +100,9 @@ def measure(model: TwoStageSuperpixel, data: AnomalibDataModule) -> dict[str, di
     for batch in data.test_dataloader():
         images, masks = model.pre_processor.transform(batch.image, batch.gt_mask)
         stages = model.model.stages(images)
-        maps = (stages.stage_one_map, stages.pooled_map, stages.anomaly_map)
+        # All smoothed like the final map, so that they differ by the method's parts alone.
+        smooth = model.model.smooth
+        maps = (smooth(stages.stage_one_map), smooth(stages.pooled_map), stages.anomaly_map)
         for name, values in zip(MAPS, maps, strict=True):
             score = model.model.score(values)
             result = ImageBatch(

@@ -2,8 +2,10 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import nn
 
 from anomalib_twostage import Slic, SuperpixelRefiner, TwoStageSuperpixelModel, UNet
@@ -14,7 +16,7 @@ BOTH_GATES = pytest.mark.parametrize("gate", ["hard", "average"])
 WIDTHS = (6, 8, 10)
 
 
-def make_model(gate: str, threshold: float = 0.5, channels: int = 3) -> TwoStageSuperpixelModel:
+def make_model(gate: str, threshold: float = 0.5, channels: int = 3, **options: float) -> TwoStageSuperpixelModel:
     """A small model in evaluation mode whose maps and batch-norm statistics are not those of a fresh one."""
     model = TwoStageSuperpixelModel(
         stage_one=UNet(channels, WIDTHS),
@@ -22,6 +24,7 @@ def make_model(gate: str, threshold: float = 0.5, channels: int = 3) -> TwoStage
         refiner=SuperpixelRefiner(threshold),
         stage_two=UNet(channels if gate == "hard" else channels + 2, WIDTHS),
         gate=gate,
+        **options,
     )
     with torch.no_grad():
         for module in model.modules():
@@ -372,6 +375,23 @@ def test_a_block_at_the_border_scores_like_one_inside(top: int, left: int) -> No
 def test_each_image_has_a_score_of_its_own() -> None:
     maps = torch.cat([spot(5, 5, 0), spot(5, 5, 3), spot(20, 5, 9)])
     torch.testing.assert_close(make_model("average").score(maps), torch.tensor([0.0, 9 / 49, 1.0]))
+
+
+@BOTH_GATES
+def test_the_final_map_alone_is_smoothed_as_by_scipy(gate: str) -> None:
+    smoothed, plain = make_model(gate, smoothing=2.0), make_model(gate)
+    smoothed.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        found, expected = smoothed.stages(pictures()), plain.stages(pictures())
+    for one, other in zip(expected.anomaly_map.squeeze(1), found.anomaly_map.squeeze(1), strict=True):
+        assert np.allclose(other, ndimage.gaussian_filter(one.numpy(), 2.0, mode="nearest", truncate=3.0), atol=1e-5)
+    assert torch.equal(found.stage_one_map, expected.stage_one_map)
+    assert torch.equal(found.selected, expected.selected)
+
+
+def test_smoothing_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"smoothing.*-1\.0"):
+        make_model("hard", smoothing=-1.0)
 
 
 def test_an_unknown_gate_is_named() -> None:

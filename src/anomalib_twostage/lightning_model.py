@@ -81,6 +81,8 @@ class TwoStageSuperpixel(AnomalibModule):
             stage one's stands) or ``"hard"`` (zero outside, as published); ``None`` takes the variant's own.
         template: Whether the networks also see how far each pixel is from the good training images at the same place
             (:class:`~anomalib_twostage.template.GoldenTemplate`); ``None`` takes the variant's own.
+        smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
+            the variant's own: a quarter of the segment size, none for ``"paper"``.
         segment_size: Side of a superpixel in pixels of the resized image.
         compactness: Weight of position against colour in SLIC.
         stage_one_fraction: Share of the optimiser steps for stage one, in (0, 1).
@@ -111,6 +113,7 @@ class TwoStageSuperpixel(AnomalibModule):
         loss: Literal["default", "paper"] | None = None,
         gate: Literal["average", "hard"] | None = None,
         template: bool | None = None,
+        smoothing: float | None = None,
         segment_size: int = 16,
         compactness: float = 10.0,
         stage_one_fraction: float = 0.7,
@@ -134,7 +137,9 @@ class TwoStageSuperpixel(AnomalibModule):
         if not learning_rate > 0:
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
-        self.model = two_stage_superpixel_model(variant, segment_size, compactness, gate=gate, template=template)
+        self.model = two_stage_superpixel_model(
+            variant, segment_size, compactness, gate=gate, template=template, smoothing=smoothing
+        )
         loss = loss or VARIANTS[variant].loss
         if loss not in _LOSSES:
             msg = f"loss must be one of {sorted(_LOSSES)}, got {loss!r}."

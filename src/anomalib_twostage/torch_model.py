@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-stage model: two segmentation networks with the superpixels of the input between them."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
+from kornia.filters import GaussianBlur2d
 from torch import nn
 from torch.nn import functional
 
@@ -65,9 +67,10 @@ class TwoStageSuperpixelModel(nn.Module):
             (``"average"``, two channels more).
         gate: How stage two's output enters the map.
         template: Template of the good images, or ``None``.
+        smoothing: Standard deviation in pixels of a Gaussian that smooths the final map; 0 leaves it as it is.
 
     Raises:
-        ValueError: If ``gate`` is unknown.
+        ValueError: If ``gate`` is unknown or ``smoothing`` is negative.
 
     Example:
         >>> model = two_stage_superpixel_model("small").eval()
@@ -91,10 +94,14 @@ class TwoStageSuperpixelModel(nn.Module):
         stage_two: UNet,
         gate: Literal["hard", "average"] = "average",
         template: GoldenTemplate | None = None,
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         if gate not in ("hard", "average"):
             msg = f"gate must be 'hard' or 'average', got {gate!r}."
+            raise ValueError(msg)
+        if not smoothing >= 0:
+            msg = f"smoothing must be 0 pixels or more, got {smoothing}."
             raise ValueError(msg)
         self.stage_one = stage_one
         self.slic = slic
@@ -102,6 +109,10 @@ class TwoStageSuperpixelModel(nn.Module):
         self.stage_two = stage_two
         self.gate = gate
         self.template = template
+        self.smoothing = smoothing
+        reach = math.ceil(3 * smoothing)
+        kernel, deviation = (2 * reach + 1,) * 2, (smoothing, smoothing)
+        self.smooth = GaussianBlur2d(kernel, deviation, "replicate") if smoothing else nn.Identity()
         self.stage = 1
 
     def start_stage_two(self) -> None:
@@ -181,7 +192,7 @@ class TwoStageSuperpixelModel(nn.Module):
             selected=refined.selected,
             refined_image=refined.image,
             stage_two_logits=stage_two_logits,
-            anomaly_map=anomaly_map,
+            anomaly_map=self.smooth(anomaly_map),
         )
 
     def _stage_two_logits(self, seen: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
@@ -239,6 +250,7 @@ class Variant:
         threshold: Selection threshold of the refiner.
         loss: Loss of both stages.
         template: Whether there is a golden template.
+        smoothing: Standard deviation of the Gaussian that smooths the final map, as a share of the segment size.
     """
 
     widths: tuple[int, ...]
@@ -247,6 +259,7 @@ class Variant:
     threshold: float
     loss: Literal["default", "paper"]
     template: bool = True
+    smoothing: float = 0.25
 
 
 VARIANTS = {
@@ -265,6 +278,7 @@ def two_stage_superpixel_model(
     in_channels: int = 3,
     gate: Literal["hard", "average"] | None = None,
     template: bool | None = None,
+    smoothing: float | None = None,
 ) -> TwoStageSuperpixelModel:
     """Build a published variant.
 
@@ -278,12 +292,14 @@ def two_stage_superpixel_model(
             :class:`TwoStageSuperpixelModel`.
         template: Whether the networks see how far images are from a
             :class:`~anomalib_twostage.template.GoldenTemplate`; ``None`` takes the variant's own.
+        smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
+            the variant's own, a quarter of the segment size or none.
 
     Returns:
         The model with fresh weights.
 
     Raises:
-        ValueError: If the variant or the gate is unknown.
+        ValueError: If the variant or the gate is unknown, or the smoothing negative.
     """
     if variant not in VARIANTS:
         msg = f"variant must be one of {sorted(VARIANTS)}, got {variant!r}."
@@ -299,4 +315,5 @@ def two_stage_superpixel_model(
         stage_two=UNet(in_channels if gate == "hard" else seen + 2, shape.widths, shape.stem_stride),
         gate=gate,
         template=GoldenTemplate(in_channels) if template else None,
+        smoothing=shape.smoothing * segment_size if smoothing is None else smoothing,
     )

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from anomalib_twostage.benchmark.report import draw, load, main
+from anomalib_twostage.benchmark.report import choose, draw, load, main
 from anomalib_twostage.benchmark.summary import cost_table, quality_table
 from anomalib_twostage.benchmark.table import FINAL, METRICS, ResultsTable
 
@@ -100,6 +100,19 @@ def test_several_tables_are_put_together(path: Path, tmp_path: Path) -> None:
     assert quality_table(load([path, other])).count("| theirs | final | 2 |") == 3
     with pytest.raises(ValueError, match="ours, bottle, seed 0 is in more than one of the files"):
         load([path, path])
+
+
+def test_rows_are_chosen_and_ordered(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = choose(load([path]), label=["theirs", "ours"], category=["tile"])
+    assert list(zip(chosen["label"], chosen["category"], chosen["seed"], strict=True)) == [
+        ("theirs", "tile", 0),
+        *[("ours", "tile", seed) for seed in (0, 0, 1, 1)],
+    ]
+    assert choose(load([path]), label=None).equals(load([path]))
+    with pytest.raises(SystemExit, match="no label nobody in the tables; there are ours, theirs"):
+        main([str(path), "--out", str(tmp_path / "x"), "--labels", "nobody", "ours"])
+    main([str(path), "--out", str(tmp_path / "x"), "--labels", "ours", "--categories", "bottle"])
+    assert "theirs" not in capsys.readouterr().out
 
 
 def test_half_written_line_is_named_and_left_out(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

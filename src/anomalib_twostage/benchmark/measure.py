@@ -84,9 +84,10 @@ def _maps(model: AnomalibModule, images: torch.Tensor) -> dict[str, tuple[torch.
     """Maps and image scores of a batch, by name, as they leave the model."""
     if isinstance(model, TwoStageSuperpixel):
         stages = model.model.stages(images)
+        # Smoothed like the final map, so that the rows differ by the method's parts alone.
         maps = {
-            "stage one": stages.stage_one_map,
-            "superpixel mean": stages.pooled_map,
+            "stage one": model.model.smooth(stages.stage_one_map),
+            "superpixel mean": model.model.smooth(stages.pooled_map),
             FINAL: stages.anomaly_map,
         }
         return {name: (values, model.model.score(values)) for name, values in maps.items()}

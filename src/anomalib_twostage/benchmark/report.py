@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from .summary import cost_table, final_rows, over_categories, quality_table
 from .table import KEYS, read_rows
 
-__all__ = ["draw", "load", "main"]
+__all__ = ["choose", "draw", "load", "main"]
 
 _METRIC = "pixel AP"
 
@@ -53,6 +53,31 @@ def load(paths: Sequence[Path]) -> pd.DataFrame:
         msg = f"{first['label']}, {first['category']}, seed {first['seed']} is in more than one of the files."
         raise ValueError(msg)
     return table
+
+
+def choose(rows: pd.DataFrame, **wanted: Sequence[str] | None) -> pd.DataFrame:
+    """Choose and order rows by what is in some of their columns.
+
+    Args:
+        rows: Rows of a table of results.
+        wanted: Values of a column that are wanted, in the order that is wanted; ``None`` for all as they come.
+
+    Returns:
+        The chosen rows.
+
+    Raises:
+        ValueError: If there is no row with one of the values.
+    """
+    for column, values in wanted.items():
+        if values is None:
+            continue
+        present = list(rows[column].unique())
+        missing = [value for value in values if value not in present]
+        if missing:
+            msg = f"There is no {column} {', '.join(missing)} in the tables; there are {', '.join(present)}."
+            raise ValueError(msg)
+        rows = pd.concat([rows[rows[column] == value] for value in values], ignore_index=True)
+    return rows
 
 
 def draw(rows: pd.DataFrame) -> Figure:
@@ -101,9 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("tables", type=Path, nargs="+", metavar="results.csv")
     parser.add_argument("--out", type=Path, required=True, help="path of the report without suffix")
+    parser.add_argument("--labels", nargs="+", help="these models only, in this order")
+    parser.add_argument("--categories", nargs="+", help="these categories only, in this order")
     parsed = parser.parse_args(arguments)
     try:
-        rows = load(parsed.tables)
+        rows = choose(load(parsed.tables), label=parsed.labels, category=parsed.categories)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"Error: {error}")
     parsed.out.parent.mkdir(parents=True, exist_ok=True)

@@ -45,12 +45,24 @@ def test_paper_loss_uses_the_ssim_of_wang() -> None:
     assert PaperLoss()(logits, mask).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_segmentation_loss_is_cross_entropy_plus_dice_of_the_batch() -> None:
+def focal(logits: torch.Tensor, mask: torch.Tensor) -> float:
+    """Lin et al., equation 4, over both classes alike, four times: that is cross-entropy where p is a half."""
+    probability, truth = logits.double().sigmoid().numpy().ravel(), mask.double().numpy().ravel()
+    right = np.where(truth == 1, probability, 1 - probability)
+    return float(4 * (np.square(1 - right) * -np.log(np.maximum(right, 1e-300))).mean())
+
+
+def test_segmentation_loss_is_focal_loss_plus_dice_of_the_batch() -> None:
     logits, mask = torch.randn(3, 1, 40, 37) * 3, blocks()
     probability, truth = logits.double().sigmoid().numpy(), mask.double().numpy()
-    entropy = log_loss(truth.ravel(), probability.ravel())
     dice = (2 * (probability * truth).sum() + 1) / (probability.sum() + truth.sum() + 1)
-    assert SegmentationLoss()(logits, mask).item() == pytest.approx(entropy + 1 - dice, rel=1e-5)
+    assert SegmentationLoss()(logits, mask).item() == pytest.approx(focal(logits, mask) + 1 - dice, rel=1e-5)
+
+
+def test_undecided_pixels_cost_what_they_do_under_cross_entropy() -> None:
+    logits, mask = torch.zeros(3, 1, 40, 37), blocks()
+    entropy = log_loss(mask.numpy().ravel(), logits.sigmoid().numpy().ravel())
+    assert focal(logits, mask) == pytest.approx(entropy)
 
 
 def test_dice_weighs_a_missed_small_defect_like_a_missed_large_one() -> None:
@@ -58,8 +70,7 @@ def test_dice_weighs_a_missed_small_defect_like_a_missed_large_one() -> None:
     small[..., :8, :8], large[..., :32, :32] = 1, 1
     missed = torch.full((1, 1, 64, 64), -30.0)
     for mask in (small, large):
-        entropy = nn.functional.binary_cross_entropy_with_logits(missed, mask)
-        assert (SegmentationLoss()(missed, mask) - entropy).item() == pytest.approx(1, abs=0.02)
+        assert SegmentationLoss()(missed, mask).item() - focal(missed, mask) == pytest.approx(1, abs=0.02)
 
 
 @BOTH

@@ -75,7 +75,7 @@ class TwoStageSuperpixel(AnomalibModule):
     Args:
         variant: ``"default"``; ``"small"``, a quarter of its cost; or ``"paper"``, as published: networks of
             DRAEM's discriminative shape, published loss, hard gate.
-        loss: ``"default"`` (cross-entropy and Dice) or ``"paper"`` (squared error and SSIM, equation 4);
+        loss: ``"default"`` (focal loss and Dice) or ``"paper"`` (squared error and SSIM, equation 4);
             ``None`` takes the variant's own.
         gate: ``"average"`` (stage two's map is averaged with stage one's inside the selected superpixels, outside them
             stage one's stands) or ``"hard"`` (zero outside, as published); ``None`` takes the variant's own.

@@ -193,7 +193,8 @@ def _segment(images: torch.Tensor, size: int, compactness: float, num_iterations
 
     cells = _to_cells(functional.pad(_to_lab(images), border, mode="replicate"), rows, columns, size)
     # Distances in the plane are stretched, not those of colour shrunk: there are fewer of them.
-    offsets = functional.pad(cells.new_tensor(_OFFSETS) * compactness, (3, 0))
+    steps = cells.new_tensor(_OFFSETS)
+    offsets = functional.pad(steps * compactness, (3, 0))
     beyond = _neighbours(cells.new_zeros(1, rows, columns, 1), beyond=-_FAR).repeat(batch, 1, 1)
 
     # Centres move on one pixel of every two by two: a quarter of the work.
@@ -215,7 +216,7 @@ def _segment(images: torch.Tensor, size: int, compactness: float, num_iterations
     member = _nearest(cells.flatten(2), _places(size, 1, compactness, cells.device), centres, offsets, beyond)
     # The way from a cell's own number to each of the nine, raised above zero: the one way left is the highest. Several
     # times faster than argmax() over a strided dimension.
-    way = cells.new_tensor(_OFFSETS) @ cells.new_tensor([columns, 1.0]) + (columns + 2)
+    way = steps @ cells.new_tensor([columns, 1.0]) + (columns + 2)
     way = member.mul_(way.view(9, 1)).amax(dim=1).int()
     home = torch.arange(-columns - 2, (rows - 1) * columns - 2, device=cells.device, dtype=torch.int32)
     labels = way.view(batch, rows * columns, size * size).add_(home.unsqueeze(1))
@@ -272,13 +273,13 @@ def _nearest(
     """One for the nearest to each pixel of its nine centres, zero for others, ``(B * rows * columns, 9, pixels)``.
 
     A pixel halfway between two centres has both: no index, no one-hot. What is compared is minus half the squared
-    distance, but for a part that is the same for all nine. Centres are taken relative to the mean of the nine, so that
-    the products stay small and hardly lose to reduced precision.
+    distance, but for a part that is the same for all nine. Centres are taken relative to the cell's own, so that the
+    products stay small and hardly lose to reduced precision.
     """
     near = _neighbours(centres) + offsets
-    mean = near.mean(dim=1, keepdim=True)
-    apart = near - mean
-    square = near.add_(mean).mul_(apart).sum(dim=-1, keepdim=True)
+    own = near[:, 4:5]
+    apart = near - own
+    square = (near + own).mul_(apart).sum(dim=-1, keepdim=True)
     plane = torch.cat([apart[..., 3:], torch.add(beyond, square, alpha=-0.5)], dim=-1)
     # In place from here on: fresh memory of this size costs as much as the arithmetic.
     nearness = torch.mm(plane.view(-1, 3), place).view(-1, 9, place.shape[1]).baddbmm_(apart[..., :3], colour)

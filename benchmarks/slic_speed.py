@@ -11,7 +11,7 @@ anomalib depends on opencv-python-headless, so keep the other one apart:
 
 "Compiled" is `torch.compile`, which needs a C++ compiler and some seconds at the first call.
 
-All weigh position by 10 against CIELAB colour (OpenCV in its 8-bit form), in their default number of rounds: 4 for
+All weigh position by 10 against CIELAB colour (OpenCV in its 8-bit form), in their default number of rounds: 2 for
 ours, 10 for the others. Theirs run with and without enforced connectivity. Quality is measured as in
 tests/test_slic.py: mean over six photographs of 240 x 240 pixels.
 """

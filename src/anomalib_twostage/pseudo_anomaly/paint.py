@@ -11,63 +11,77 @@ import torch
 from torch.nn import functional
 
 from .perlin import DEVIATION, affine, lattice, perlin_noise, random_gradients
-from .pixels import Pixels, list_pixels, offsets, pick, sample, sums
-from .random import choose, log_uniform, to_device, uniform
+from .pixels import Pixels, sample, sums
+from .random import choose, log_uniform, uniform
 
-__all__ = ["mix_paint", "move", "tint"]
+__all__ = ["draw_kinds", "mix_paint", "move", "tint"]
 
 # Shares of: the image itself, blurred or sharpened; training images, moved; photographs; procedural textures.
 _SHARES = (0.25, 0.25, 0.25, 0.25)
 _OWN, _MOVED, _PHOTOGRAPH = range(3)
 
 
+def draw_kinds(batch: int) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
+    """Draw a kind of paint per image, on the host, so that each is computed only for the images that get it.
+
+    Returns:
+        The numbers of the images sorted by their kind, int64 ``(B,)``; and of each kind drawn its number, the place of
+        its first image in this order, and the place after its last.
+    """
+    kind, order = torch.multinomial(torch.tensor(_SHARES), batch, replacement=True).sort(stable=True)
+    drawn, counts = kind.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0)
+    return order, list(zip(drawn.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True))
+
+
 def mix_paint(
-    images: torch.Tensor, shape: torch.Tensor, textures: torch.Tensor
-) -> tuple[Pixels, torch.Tensor, torch.Tensor, slice]:
-    """Draw a kind of paint per image, in its own colours, for the pixels of a shape.
+    images: torch.Tensor,
+    textures: torch.Tensor,
+    order: torch.Tensor,
+    kinds: list[tuple[int, int, int]],
+    pixels: Pixels,
+    starts: list[int],
+    before: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, slice]:
+    """Paint some pixels with their image's kind of paint, in its own colours.
 
     Args:
         images: ``(B, C, H, W)`` float32 in [0, 1], 1 or 3 channels, contiguous.
-        shape: Where paint is wanted, bool ``(B, 1, H, W)``.
         textures: Photographs, uint8 ``(N, 3, S, S)``.
+        order: Images by kind, of :func:`draw_kinds`.
+        kinds: What is painted with what, of :func:`draw_kinds`.
+        pixels: What to paint, image by image in this order; ``number`` is the place in it.
+        starts: Where each image's pixels begin, and where the last one's end.
+        before: The pixels' colours in the images, ``(C, N)``.
 
     Returns:
-        The pixels of the shape; their paint ``(3, N)`` float32, about [0, 1]; the numbers of the images whose paint
-        comes from training images, int64, since such paint can be of the same material as what it covers; and
-        which of the pixels are theirs.
+        Paint ``(3, N)`` float32, about [0, 1]; the numbers of the images whose paint comes from training images, int64,
+        since such paint can be of the same material as what it covers; and which of the pixels are theirs.
     """
     batch, _, height, width = images.shape
     device = images.device
-    # Drawn on the host, so that each kind is computed only for the images that get it.
-    kind = torch.multinomial(torch.tensor(_SHARES), batch, replacement=True)
-    listed, paint, count = [], [], 0
-    moved, of_moved = torch.empty(0, dtype=torch.int64, device=device), slice(0, 0)
-    for drawn in kind.unique().tolist():
-        index = to_device((kind == drawn).nonzero().flatten(), device)
-        pixels = list_pixels(shape.index_select(0, index))
-        local, row, column = pixels
-        pixels = Pixels(index.index_select(0, local), row, column)
-        y, x = row.float(), column.float()
-        if drawn == _OWN:
-            before = pick(images, offsets(pixels, images.shape))
-            colours = _blur_or_sharpen(images.index_select(0, index), before, local, y, x)
-        elif drawn == _MOVED:
+    paint = []
+    moved, of_moved = order[:0], slice(0, 0)
+    for kind, first, end in kinds:
+        index, which = order[first:end], slice(starts[first], starts[end])
+        local, row, column = pixels.part(which)
+        local, y, x = local - first, row.float(), column.float()
+        if kind == _OWN:
+            colours = _blur_or_sharpen(images.index_select(0, index), before[:, which], local, y, x)
+        elif kind == _MOVED:
             source, matrix = _from_training_images(index, batch)
             place = _at(matrix, local, y, x, (height, width), (height, width))
             colours = sample(images, source.index_select(0, local), *place)
-            moved, of_moved = index, slice(count, count + len(row))
-        elif drawn == _PHOTOGRAPH:
+            moved, of_moved = index, which
+        elif kind == _PHOTOGRAPH:
             picked = torch.randint(len(textures), (len(index),), device=device)
             matrix = _displace(len(index), 1.0, device)
             place = _at(matrix, local, y, x, (height, width), (textures.shape[-2], textures.shape[-1]))
             colours = sample(textures, picked.index_select(0, local), *place).div_(255)
         else:
             colours = _procedural(len(index), local, y, x, max(height, width))
-        listed.append(pixels)
         paint.append(colours.expand(3, -1))
-        count += len(row)
-    pixels = Pixels(*(torch.cat(parts) for parts in zip(*listed, strict=True)))
-    return pixels, torch.cat(paint, dim=1), moved, of_moved
+    return torch.cat(paint, dim=1), moved, of_moved
 
 
 def tint(paint: torch.Tensor, number: torch.Tensor, moved: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -21,18 +21,32 @@ class Pixels(NamedTuple):
     row: torch.Tensor
     column: torch.Tensor
 
+    def part(self, which: slice) -> "Pixels":
+        """Some of the pixels."""
+        return Pixels(*(place[which] for place in self))
 
-def list_pixels(shape: torch.Tensor) -> Pixels:
+
+def list_pixels(shape: torch.Tensor) -> tuple[Pixels, torch.Tensor, list[int]]:
     """List the pixels where ``(B, 1, H, W)`` bool is true, image by image.
 
     To count them, a GPU would have to be waited for: there, all pixels are listed, and nothing else changes.
+
+    Returns:
+        The pixels; which of them are in the shape, float32 ``(N,)`` in {0, 1}; where each image's pixels begin, and
+        where the last one's end.
     """
-    height, width = shape.shape[-2:]
-    flat = shape.flatten()
-    pixel = torch.arange(flat.numel(), device=flat.device) if flat.is_cuda else flat.nonzero().flatten()
+    batch, _, height, width = shape.shape
+    flat, area = shape.flatten(), height * width
+    if flat.is_cuda:
+        pixel, inside = torch.arange(flat.numel(), device=flat.device), flat.float()
+        starts = list(range(0, (batch + 1) * area, area))
+    else:
+        pixel = flat.nonzero().flatten()
+        inside = torch.ones(len(pixel))
+        starts = torch.searchsorted(pixel, torch.arange(0, (batch + 1) * area, area)).tolist()
     line = pixel.div(width, rounding_mode="floor")
     number = line.div(height, rounding_mode="floor")
-    return Pixels(number, line - number * height, pixel - line * width)
+    return Pixels(number, line - number * height, pixel - line * width), inside, starts
 
 
 def offsets(pixels: Pixels, shape: torch.Size) -> torch.Tensor:

@@ -10,7 +10,7 @@ __all__ = ["choose", "log_uniform", "to_device", "uniform"]
 
 def uniform(count: int, low: float, high: float, *, device: torch.device) -> torch.Tensor:
     """Draw ``(count,)`` float32 evenly from ``low`` to ``high``."""
-    return low + (high - low) * torch.rand(count, device=device)
+    return torch.empty(count, device=device).uniform_(low, high)
 
 
 def log_uniform(count: int, low: float, high: float, *, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ SLIC and inference of one image and painting of a batch of 8, of 256, 512 and 10
 its own, so that its peak of resident memory can be read. Sizes go up, so that each size sets a new peak; what the
 process holds after a run at 64 pixels (libraries and weights) is subtracted. Four times the pixels should take four
 times of both. Painting draws the size of its shapes, so it is the batch and many rounds that make its figures steady,
-and each size paints with the same random numbers.
+and each size paints with the same seed.
 """
 
 import argparse

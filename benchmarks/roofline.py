@@ -35,12 +35,8 @@ def main() -> None:
     functions: dict[str, Callable[[], object]] = {}
     for name in VARIANTS:
         model = ours(name, SIDE).to(arguments.device)
-        seen = torch.cat([image, image], dim=1)[:, : next(model.stage_two.parameters()).shape[1]]
         functions[f"`{name}`"] = lambda model=model: model(image)
-        functions[f"`{name}`, networks"] = lambda model=model, seen=seen: (
-            model.stage_one(image),
-            model.stage_two(seen),
-        )
+        functions[f"`{name}`, networks"] = networks(model, image)
     draem = builtins(SIDE)["Draem"]().eval().to(arguments.device)
     functions["Draem"] = lambda: draem(image)
     side = 2048 if arguments.device == "cpu" else 8192
@@ -58,8 +54,9 @@ def main() -> None:
         report.row(name, work[name] / 1e9, milliseconds, rate, f"{rate / peak:.0%}")
 
 
-def networks(model: TwoStageSuperpixelModel, image: torch.Tensor, seen: torch.Tensor) -> Callable[[], object]:
-    return lambda: (model.stage_one(image), model.stage_two(seen))
+def networks(model: TwoStageSuperpixelModel, image: torch.Tensor) -> Callable[[], object]:
+    first, second = (image.repeat(1, 3, 1, 1)[:, : part.in_channels] for part in (model.stage_one, model.stage_two))
+    return lambda: (model.stage_one(first), model.stage_two(second))
 
 
 def operations(function: Callable[[], object]) -> int:

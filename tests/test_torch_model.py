@@ -377,6 +377,18 @@ def test_each_image_has_a_score_of_its_own() -> None:
     torch.testing.assert_close(make_model("average").score(maps), torch.tensor([0.0, 9 / 49, 1.0]))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_traced_for_export_and_answers_alike(variant: str) -> None:
+    model = two_stage_superpixel_model(variant, segment_size=8).eval()
+    model.start_stage_two()
+    with torch.no_grad():
+        model.stage_one.head.bias += 5.0  # something is selected
+        images = torch.rand(2, 3, 64, 64)
+        exported = torch.export.export(model, (images,), strict=True).module()
+        for batch in (images, images.flip(-1)):
+            torch.testing.assert_close(exported(batch).anomaly_map, model(batch).anomaly_map, atol=1e-4, rtol=0)
+
+
 @BOTH_GATES
 def test_the_final_map_alone_is_smoothed_as_by_scipy(gate: str) -> None:
     smoothed, plain = make_model(gate, smoothing=2.0), make_model(gate)

@@ -207,7 +207,8 @@ class TwoStageSuperpixelModel(nn.Module):
             touched = selected.amax(dim=(0, 1, 2, 3)) > 0
             logits: torch.Tensor = torch.cond(
                 touched,
-                lambda seen, _: self.stage_two(seen).float(),
+                # Without the detour a network at full resolution leaves other strides than zeros have.
+                lambda seen, _: self.stage_two(seen).float().squeeze(1).unsqueeze(1),
                 lambda _, selected: torch.zeros_like(selected),
                 (seen, selected),
             )

@@ -215,6 +215,9 @@ def test_int8_export_ranks_pixels_like_predict(
     found = answers(OpenVINOInferencer(path, device="CPU", config=FLOAT32), predictions)
     expected = pixel_auroc(predictions.anomaly_map, predictions)
     assert pixel_auroc(found["anomaly_map"], predictions) == pytest.approx(expected, abs=0.01)
+    # A ranking survives a shift of all values, but the threshold does not.
+    assert (found["anomaly_map"].squeeze() - predictions.anomaly_map.squeeze()).abs().mean() < 0.05
+    assert (found["pred_score"].squeeze() - predictions.pred_score).abs().median() < 0.1
     # Quantised means that weights are stored in a byte each, not in four.
     assert Path(path).with_suffix(".bin").stat().st_size < 0.4 * sum(
         4 * parameter.numel() for parameter in exporting.model.parameters()

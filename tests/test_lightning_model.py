@@ -272,6 +272,8 @@ def test_a_checkpoint_of_another_variant_is_refused_by_name(dataset: Path, tmp_p
     engine.trainer.save_checkpoint(tmp_path / "small.ckpt")
     with pytest.raises(ValueError, match=r"'default'.*'small'"):
         TwoStageSuperpixel.load_from_checkpoint(tmp_path / "small.ckpt", variant="default")
+    with pytest.raises(ValueError, match="template=True"):
+        TwoStageSuperpixel.load_from_checkpoint(tmp_path / "small.ckpt", template=False)
     assert TwoStageSuperpixel.load_from_checkpoint(tmp_path / "small.ckpt").variant == "small"
 
 

@@ -338,9 +338,11 @@ class TwoStageSuperpixel(AnomalibModule):
         if differing:
             widths = tuple(len(saved[name]) for name in sorted(saved) if _FIRST_WEIGHT.fullmatch(name))
             variant = next((name for name, shape in VARIANTS.items() if shape.widths == widths), "unknown")
+            template = any(name.startswith("model.template.") for name in saved)
             msg = (
                 f"The checkpoint does not fit variant {self.variant!r}: it is of variant {variant!r} with widths "
-                f"{widths}, and {len(differing)} weights differ. Build the model with the checkpoint's variant."
+                f"{widths} and template={template}, and {len(differing)} weights differ. Build the model with the "
+                "checkpoint's variant, gate and template."
             )
             raise ValueError(msg)
         # One saved state would make every process of a distributed run paint alike.

@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerC
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Normalize, Resize
+from tqdm import tqdm
 
 from .checkpoint import VerifiedCheckpointIO, check_checkpoint, refused
 from .loss import PaperLoss, SegmentationLoss
@@ -447,7 +448,7 @@ class TwoStageSuperpixel(AnomalibModule):
             plain.augmentations = None
         transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
         count = min(len(plain), _TEMPLATE_IMAGES)
-        for i in range(count):
+        for i in tqdm(range(count), desc="Golden template", leave=False, disable=None):
             item = plain[i * len(plain) // count]
             image = item.image if transform is None else transform(item.image)
             self._check_images(image, [item.image_path] if item.image_path else [])

@@ -192,10 +192,9 @@ def same(first: torch.Tensor, second: torch.Tensor) -> bool:
 def make_model(gate: str, stage: int, dtype: torch.dtype) -> TwoStageSuperpixelModel:
     """A model whose maps spread over [0, 1], so that some superpixels are selected and some are not."""
     torch.manual_seed(1)
-    model = two_stage_superpixel_model("small")
+    model = two_stage_superpixel_model("small", gate=gate)
     if gate == "hard":
-        networks = model.stage_one, two_stage_superpixel_model("small").stage_one
-        model = TwoStageSuperpixelModel(networks[0], model.slic, SuperpixelRefiner(0.4), networks[1], gate="hard")
+        model.refiner = SuperpixelRefiner(0.4)
     model.eval()
     for network in (model.stage_one, model.stage_two):
         with torch.no_grad():

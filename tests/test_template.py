@@ -94,3 +94,16 @@ def test_a_state_with_other_channels_is_refused() -> None:
 def test_wrong_images_are_named(images: list[torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GoldenTemplate().fit(images)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.rand(2, 1, 8, 8), ValueError, r"\(B, 3, H, W\).*\(2, 1, 8, 8\)"),
+        (torch.rand(3, 8, 8), ValueError, r"\(B, 3, H, W\).*\(3, 8, 8\)"),
+        (np.zeros((1, 3, 8, 8)), TypeError, "ndarray"),
+    ],
+)
+def test_wrong_input_is_named(images: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GoldenTemplate()(images)

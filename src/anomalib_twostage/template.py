@@ -82,7 +82,17 @@ class GoldenTemplate(nn.Module):
         Returns:
             Signed deviations ``(B, C, H, W)`` in [-3, 3], in the images' type; 0.3 is about one standard deviation. NaN
             stays NaN.
+
+        Raises:
+            TypeError: If the images are not a tensor.
+            ValueError: If their shape or number of channels is not as above.
         """
+        if not isinstance(images, torch.Tensor):
+            msg = f"Images must be a tensor, got {type(images).__name__}."
+            raise TypeError(msg)
+        if images.ndim != 4 or images.shape[1] != self.mean.shape[0]:
+            msg = f"Images must be (B, {self.mean.shape[0]}, H, W), got shape {tuple(images.shape)}."
+            raise ValueError(msg)
         size = images.shape[-2:]
         mean, spread = self.mean, self.spread
         # Sizes are symbols while the model is traced for export, where a comparison would freeze them.

@@ -45,7 +45,7 @@ def main(dataset: str, folder: str, processes: str, strategy: str) -> None:
     )
     witness = Witness()
     engine = Engine(
-        max_steps=40,
+        max_steps=120,
         max_epochs=-1,
         accelerator="cpu",
         devices=int(processes),

@@ -29,7 +29,7 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     # The resting stage does not stop the gradients' exchange, in either stage.
-    assert first["stages"] == second["stages"] == [1] * 20 + [2] * 20
+    assert first["stages"] == second["stages"] == [1] * 60 + [2] * 60
     assert first["weights"] == second["weights"]
     assert first["results"] == second["results"]
     assert first["results"]["pixel_AUROC"] > 0.9

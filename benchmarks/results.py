@@ -30,6 +30,7 @@ from skimage.segmentation import find_boundaries
 from torchmetrics.functional.classification import binary_average_precision
 
 from anomalib_twostage import TwoStageSuperpixel
+from anomalib_twostage.benchmark.measure import as_the_model_sees
 
 MAPS = ("stage one", "superpixel mean", "final")
 METRICS = ("pixel AUROC", "pixel AP", "AUPRO", "image AUROC")
@@ -98,7 +99,7 @@ def measure(model: TwoStageSuperpixel, data: AnomalibDataModule) -> dict[str, di
     pixels, image = ["anomaly_map", "gt_mask"], ["pred_score", "gt_label"]
     metrics = {name: (AUROC(pixels), AUPR(pixels), AUPRO(pixels), AUROC(image)) for name in MAPS}
     for batch in data.test_dataloader():
-        images, masks = model.pre_processor.transform(batch.image, batch.gt_mask)
+        images, masks = as_the_model_sees(model, batch)
         stages = model.model.stages(images)
         # All smoothed like the final map, so that they differ by the method's parts alone.
         smooth = model.model.smooth
@@ -121,7 +122,7 @@ def choose(model: TwoStageSuperpixel, data: AnomalibDataModule) -> dict[str, int
     """Successes and failures, by what they are: the numbers of test images."""
     good, defective = [], []
     for i, item in enumerate(data.test_data):
-        images, masks = model.pre_processor.transform(item.image.unsqueeze(0), item.gt_mask.unsqueeze(0))
+        images, masks = as_the_model_sees(model, ImageBatch.collate([item]))
         final = model.model.stages(images).anomaly_map
         if masks.any():
             defective.append((float(binary_average_precision(final.flatten(), masks.flatten().int())), i))
@@ -146,7 +147,7 @@ def draw(model: TwoStageSuperpixel, data: AnomalibDataModule, path: Path) -> Non
     figure, axes = plt.subplots(len(chosen), len(titles), figsize=(2 * len(titles), 2 * len(chosen)), squeeze=False)
     for row, (kind, number) in zip(axes, chosen.items(), strict=True):
         item = data.test_data[number]
-        images, masks = model.pre_processor.transform(item.image.unsqueeze(0), item.gt_mask.unsqueeze(0))
+        images, masks = as_the_model_sees(model, ImageBatch.collate([item]))
         stages = model.model.stages(images)
         picture = images[0].permute(1, 2, 0).clamp(0, 1)
         borders = torch.from_numpy(find_boundaries(stages.labels[0].numpy(), mode="inner"))

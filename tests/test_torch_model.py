@@ -401,6 +401,14 @@ def test_the_final_map_alone_is_smoothed_as_by_scipy(gate: str) -> None:
     assert torch.equal(found.selected, expected.selected)
 
 
+def test_autocast_does_not_round_what_is_smoothed() -> None:
+    model, values = make_model("hard", smoothing=2.0), torch.rand(1, 1, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.smooth(values)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, model.smooth(values))
+
+
 def test_smoothing_below_zero_is_refused() -> None:
     with pytest.raises(ValueError, match=r"smoothing.*-1\.0"):
         make_model("hard", smoothing=-1.0)

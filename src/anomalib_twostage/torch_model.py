@@ -2,6 +2,7 @@
 """The two-stage model: two segmentation networks with the superpixels of the input between them."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -109,10 +110,9 @@ class TwoStageSuperpixelModel(nn.Module):
         self.stage_two = stage_two
         self.gate = gate
         self.template = template
-        self.smoothing = smoothing
         reach = math.ceil(3 * smoothing)
         kernel, deviation = (2 * reach + 1,) * 2, (smoothing, smoothing)
-        self.smooth = GaussianBlur2d(kernel, deviation, "replicate") if smoothing else nn.Identity()
+        self.blur = GaussianBlur2d(kernel, deviation, "replicate") if smoothing else nn.Identity()
         self.stage = 1
 
     def start_stage_two(self) -> None:
@@ -221,6 +221,13 @@ class TwoStageSuperpixelModel(nn.Module):
             return self.stage_two(seen).float()
         logits = torch.zeros_like(selected)
         return logits if len(chosen) == 0 else logits.index_copy(0, chosen, self.stage_two(seen[chosen]).float())
+
+    def smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Smooth maps ``(B, 1, H, W)`` as the final map is, in float32: half precision would tie pixels."""
+        # An export traces no autocast, and could not hold one.
+        autocast = torch.is_autocast_enabled(anomaly_map.device.type)
+        with torch.autocast(anomaly_map.device.type, enabled=False) if autocast else nullcontext():
+            return self.blur(anomaly_map)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Detect anomalies.

@@ -25,15 +25,14 @@ import pandas as pd
 import torch
 import yaml
 from anomalib.data import AnomalibDataModule, ImageBatch, get_datamodule
-from anomalib.metrics import AUPR, AUPRO, AUROC
 from skimage.segmentation import find_boundaries
 from torchmetrics.functional.classification import binary_average_precision
 
 from anomalib_twostage import TwoStageSuperpixel
-from anomalib_twostage.benchmark.measure import as_the_model_sees
+from anomalib_twostage.benchmark.measure import as_the_model_sees, quality
+from anomalib_twostage.benchmark.table import METRICS
 
 MAPS = ("stage one", "superpixel mean", "final")
-METRICS = ("pixel AUROC", "pixel AP", "AUPRO", "image AUROC")
 
 
 def main() -> None:
@@ -93,28 +92,10 @@ def datamodule(config: Path, category: str, options: list[str]) -> AnomalibDataM
     return module
 
 
-@torch.no_grad()
 def measure(model: TwoStageSuperpixel, data: AnomalibDataModule) -> dict[str, dict[str, float]]:
     """Metrics of each map over the test images, at the model's input size, before any normalisation."""
-    pixels, image = ["anomaly_map", "gt_mask"], ["pred_score", "gt_label"]
-    metrics = {name: (AUROC(pixels), AUPR(pixels), AUPRO(pixels), AUROC(image)) for name in MAPS}
-    for batch in data.test_dataloader():
-        images, masks = as_the_model_sees(model, batch)
-        stages = model.model.stages(images)
-        # All smoothed like the final map, so that they differ by the method's parts alone.
-        smooth = model.model.smooth
-        maps = (smooth(stages.stage_one_map), smooth(stages.pooled_map), stages.anomaly_map)
-        for name, values in zip(MAPS, maps, strict=True):
-            score = model.model.score(values)
-            result = ImageBatch(
-                image=images, gt_mask=masks, gt_label=batch.gt_label, anomaly_map=values, pred_score=score
-            )
-            for metric in metrics[name]:
-                metric.update(result)
-    return {
-        name: {title: round(float(metric.compute()), 4) for title, metric in zip(METRICS, metrics[name], strict=True)}
-        for name in MAPS
-    }
+    measured = quality(model, data.test_dataloader())
+    return {name: {metric: round(value, 4) for metric, value in row.items()} for name, row in measured.items()}
 
 
 @torch.no_grad()

@@ -243,11 +243,10 @@ class TwoStageSuperpixel(AnomalibModule):
         del args, kwargs
         self._check_batch(batch)
         images, mask = self._painted(batch)
-        if self.model.stage == 1:
-            loss = self.loss(self.model.stage_one(self.model.seen(images)), mask)
-        else:
-            logits = imitate_faults(self.model.stage_one(self.model.seen(images)).float())
-            loss = self.loss(self.model.stages(images, logits).stage_two_logits, mask)
+        logits = self.model.stage_one(self.model.seen(images))
+        if self.model.stage == 2:
+            logits = self.model.stages(images, imitate_faults(logits.float())).stage_two_logits
+        loss = self.loss(logits, mask)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, logger=True, batch_size=len(images))
         self.log("stage", float(self.model.stage), prog_bar=True, batch_size=len(images))
         return {"loss": loss, "painted": images, "mask": mask}

@@ -58,7 +58,7 @@ class GoldenTemplate(nn.Module):
             if image.ndim != 3 or image.shape[0] != self.mean.shape[0]:
                 msg = f"A template of {self.mean.shape[0]} channels takes images (C, H, W), got {tuple(image.shape)}."
                 raise ValueError(msg)
-            values = image.detach().to(self.mean.device, torch.float64)
+            values = image.detach().double()  # where the image is: not every device has 64 bits
             if count == 0:
                 total, squares = torch.zeros_like(values), torch.zeros_like(values)
             elif values.shape != total.shape:
@@ -71,7 +71,7 @@ class GoldenTemplate(nn.Module):
             raise ValueError(msg)
         mean = total / count
         variance = (squares / count - mean.square()).clamp_min(0)
-        self.mean, self.spread = mean.float(), variance.sqrt().float()
+        self.mean, self.spread = (value.float().to(self.mean.device) for value in (mean, variance.sqrt()))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Compare images with the template.

@@ -58,13 +58,13 @@ def main() -> None:
                 model = load(Path(folder))
                 data = datamodule(arguments.config, category, options)
                 measured = measure(model, data)
+                common = {"category": category, "seed": seed, "train and test seconds": round(seconds)}
+                rows += [{**common, "map": name, **measured[name]} for name in MAPS]
+                pd.DataFrame(rows).to_csv(table, index=False)
+                print(pd.DataFrame(rows[-len(MAPS) :]).to_string(index=False), flush=True)
                 if seed == arguments.seeds[0]:
                     picture = arguments.out.with_name(f"{arguments.out.name}_{category}.png")
                     draw(model, data, picture)
-            common = {"category": category, "seed": seed, "train and test seconds": round(seconds)}
-            rows += [{**common, "map": name, **measured[name]} for name in MAPS]
-            pd.DataFrame(rows).to_csv(table, index=False)
-            print(pd.DataFrame(rows[-len(MAPS) :]).to_string(index=False), flush=True)
     arguments.out.with_suffix(".md").write_text(summary(pd.DataFrame(rows)))
     print(arguments.out.with_suffix(".md").read_text())
 

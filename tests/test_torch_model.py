@@ -137,7 +137,7 @@ def test_the_hard_gate_lets_stage_two_see_the_refined_image_only() -> None:
     assert torch.equal(after.stage_two_logits, before.stage_two_logits)
 
 
-def test_outside_what_is_selected_the_average_gate_keeps_the_map_of_before() -> None:
+def test_outside_what_is_selected_the_average_gate_keeps_the_ranking_of_before() -> None:
     model, images = make_model("average"), pictures()
     with torch.no_grad():
         before = model(images).anomaly_map
@@ -145,8 +145,20 @@ def test_outside_what_is_selected_the_average_gate_keeps_the_map_of_before() -> 
         maps = learn(model).stages(images)
     outside = maps.selected == 0
     assert outside.any()
-    assert torch.equal(maps.anomaly_map[outside], before[outside])
-    assert (maps.anomaly_map[~outside] - before[~outside]).abs().max() > 0.01
+    assert torch.equal(maps.anomaly_map[outside], before[outside] / 2)
+    assert (maps.anomaly_map[~outside] - before[~outside] / 2).abs().max() > 0.01
+
+
+def test_selecting_a_pixel_never_lowers_it() -> None:
+    model, images = make_model("average"), pictures()
+    model.start_stage_two()
+    learn(model)
+    with torch.no_grad():
+        selected = model.stages(images)
+        model.refiner.threshold = 0.999
+        unselected = model.stages(images)
+    assert selected.selected.sum() > unselected.selected.sum()
+    assert (selected.fused_map >= unselected.fused_map).all()
 
 
 def test_inside_what_is_selected_the_average_gate_averages() -> None:
@@ -165,7 +177,7 @@ def test_with_nothing_selected_stage_two_has_no_say() -> None:
         model.stage_one.head.bias.sub_(3)
         before = model(images).anomaly_map
         model.start_stage_two()
-        assert torch.equal(learn(model)(images).anomaly_map, before)
+        assert torch.equal(learn(model)(images).anomaly_map, before / 2)
 
 
 @BOTH_GATES

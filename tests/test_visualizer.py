@@ -32,7 +32,7 @@ TITLES = ["image", "ground truth", "stage one", "superpixels", "refined image", 
 
 def make_stages(batch: int = 2) -> StageMaps:
     """Random stages; the superpixels are squares of 16 pixels."""
-    maps = [torch.rand(batch, 1, SIZE, SIZE) for _ in range(4)]
+    maps = [torch.rand(batch, 1, SIZE, SIZE) for _ in range(5)]
     cell = torch.arange(SIZE) // 16
     labels = (cell.unsqueeze(1) * 4 + cell).expand(batch, -1, -1)
     return StageMaps(
@@ -43,7 +43,8 @@ def make_stages(batch: int = 2) -> StageMaps:
         selected=torch.ones(batch, 1, SIZE, SIZE),
         refined_image=torch.rand(batch, 3, SIZE, SIZE),
         stage_two_logits=None,
-        anomaly_map=maps[3],
+        fused_map=maps[3],
+        anomaly_map=maps[4],
     )
 
 

@@ -78,10 +78,12 @@ class TwoStageSuperpixel(AnomalibModule):
             DRAEM's discriminative shape, published loss, hard gate.
         loss: ``"default"`` (focal loss and Dice) or ``"paper"`` (squared error and SSIM, equation 4);
             ``None`` takes the variant's own.
-        gate: ``"average"`` (stage two's map is averaged with stage one's inside the selected superpixels, outside them
-            stage one's stands) or ``"hard"`` (zero outside, as published); ``None`` takes the variant's own.
-        template: Whether the networks also see how far each pixel is from the good training images at the same place
-            (:class:`~anomalib_twostage.template.GoldenTemplate`); ``None`` takes the variant's own.
+        gate: ``"average"`` (stage two's map, zero outside the selected superpixels, is averaged with stage one's) or
+            ``"hard"`` (stage two's alone, as published); ``None`` takes the variant's own.
+        template: Whether the networks also see how far each pixel is from the good training images at the same place,
+            and from those nearest to the image (:class:`~anomalib_twostage.template.GoldenTemplate`); ``None`` takes
+            the variant's own.
+        num_neighbors: Nearest good images that the template compares with, 0 for none.
         smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
             the variant's own: a quarter of the segment size, none for ``"paper"``.
         segment_size: Side of a superpixel in pixels of the resized image.
@@ -114,6 +116,7 @@ class TwoStageSuperpixel(AnomalibModule):
         loss: Literal["default", "paper"] | None = None,
         gate: Literal["average", "hard"] | None = None,
         template: bool | None = None,
+        num_neighbors: int = 4,
         smoothing: float | None = None,
         segment_size: int = 16,
         compactness: float = 10.0,
@@ -139,7 +142,13 @@ class TwoStageSuperpixel(AnomalibModule):
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
         self.model = two_stage_superpixel_model(
-            variant, segment_size, compactness, gate=gate, template=template, smoothing=smoothing
+            variant,
+            segment_size,
+            compactness,
+            gate=gate,
+            template=template,
+            num_neighbors=num_neighbors,
+            smoothing=smoothing,
         )
         loss = loss or VARIANTS[variant].loss
         if loss not in _LOSSES:
@@ -342,7 +351,7 @@ class TwoStageSuperpixel(AnomalibModule):
             msg = (
                 f"The checkpoint does not fit variant {self.variant!r}: it is of variant {variant!r} with widths "
                 f"{widths} and template={template}, and {len(differing)} weights differ. Build the model with the "
-                "checkpoint's variant, gate and template."
+                "checkpoint's variant, gate, template and num_neighbors."
             )
             raise ValueError(msg)
         # One saved state would make every process of a distributed run paint alike.

@@ -16,7 +16,7 @@ __all__ = ["quantize_networks_only"]
 
 # What a network consists of, and what NNCF must see to quantise its convolutions.
 _NETWORK_TYPES = {"Concat", "Constant", "Convolution", "Interpolate", "MaxPool", "Parameter", "Relu", "Result"}
-_FIRST_LAYER = 8  # channels that a first convolution sees at most: image, deviations, two maps
+_FIRST_LAYER = 11  # channels that a first convolution sees at most: image, two kinds of deviations, two maps
 
 
 @contextmanager

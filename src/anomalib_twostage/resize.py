@@ -8,6 +8,7 @@ each axis, hence two matrix products, and those every runtime knows.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from anomalib.pre_processing.utils.transform import get_exportable_transform
 from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
-__all__ = ["AntialiasedResize", "exportable_transform", "shows_whole_image"]
+__all__ = ["AntialiasedResize", "antialiased_resize", "exportable_transform", "shows_whole_image"]
 
 _BILINEAR = ("bilinear", InterpolationMode.BILINEAR, 2)  # as torchvision's versions keep it; 2 is Pillow's
 
@@ -38,16 +39,21 @@ class AntialiasedResize(Transform):
     def transform(self, images: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
         """Resize images ``(..., H, W)``, floating point, to ``(..., *size)``."""
         del params
-        sides = images.shape[-2:]
-        # Sides are symbols while an export of any size is traced, where a comparison would freeze them.
-        if all(isinstance(side, int) for side in sides) and sides == self.size:
-            return images
-        rows, columns = (_weights(old, new, images) for old, new in zip(sides, self.size, strict=True))
-        return rows @ images @ columns.T
+        return antialiased_resize(images, self.size)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
         return f"size={self.size}"
+
+
+def antialiased_resize(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resize images ``(..., H, W)``, floating point, to ``(..., *size)``; see :class:`AntialiasedResize`."""
+    sides = images.shape[-2:]
+    # Sides are symbols while an export of any size is traced, where a comparison would freeze them.
+    if all(isinstance(side, int) for side in (*sides, *size)) and sides == tuple(size):
+        return images
+    rows, columns = (_weights(old, new, images) for old, new in zip(sides, size, strict=True))
+    return rows @ images @ columns.T
 
 
 def _weights(old: int, new: int, like: torch.Tensor) -> torch.Tensor:

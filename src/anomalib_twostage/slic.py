@@ -9,7 +9,6 @@ for the host, and the graph exports.
 """
 
 import math
-from contextlib import nullcontext
 from numbers import Integral
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from .color import rgb_to_lab
+from .precision import full_precision
 
 __all__ = ["Slic", "slic"]
 
@@ -72,9 +72,7 @@ def slic(
     height, width = images.shape[-2:]
     size = _resolve_segment_size(height, width, n_segments, segment_size)
     _check_settings(compactness, num_iterations)
-    # Reduced precision moves pixels between segments. An export traces no autocast, and could not hold one.
-    autocast = torch.is_autocast_enabled(image.device.type)
-    with torch.autocast(image.device.type, enabled=False) if autocast else nullcontext():
+    with full_precision(image.device):  # half of it moves pixels between segments
         labels = _dense_labels(_segment(images, size, compactness, num_iterations), _grid(height, width, size))
     return labels if batched else labels.squeeze(0)
 

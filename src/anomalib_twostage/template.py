@@ -2,9 +2,13 @@
 """The golden template: how far each pixel is from the good images at the same place.
 
 Inspection has long compared a part with a golden sample. Parts that come to lie in the same place give away at once
-what the good ones never look like there; where they lie anywhere, as textures do, the statistics of all places are
-alike, and the deviation is the image itself on another scale. PaDiM (Defard et al., 2021) keeps such statistics of
-the features of a pre-trained network; here they are of the colours alone, so nothing has to be pre-trained.
+what the good ones never look like there. Of parts that lie at any angle, like screws, some good image lies about alike:
+therefore an image is compared with all good images together, and with the few that are nearest to it. Where nothing is
+alike, as in textures, both comparisons show little but the image itself on another scale.
+
+SPADE (Cohen and Hoshen, 2020) retrieves the nearest good images, and PaDiM (Defard et al., 2021) keeps statistics of
+each place, both in the features of a pre-trained network; here they are of the colours alone, so nothing has to be
+pre-trained.
 """
 
 from collections.abc import Iterable
@@ -14,38 +18,67 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .precision import full_precision
+from .resize import antialiased_resize
+
 __all__ = ["GoldenTemplate"]
 
 _NOISE = 0.05  # added to the spread, so that a pixel which never changed is not alarming at the first grey level
+_FEW_NOISE = 0.1  # the same for the spread of a few images, which may agree by chance
 _SCALE = 0.3  # brings most deviations into the range of the images
 _LIMIT = 3.0  # beyond ten times the spread all is equally far
+_GALLERY_SIDE = 128  # 500 images of this size are 23 MiB
+_KEY_SIDE = 32
 
 
 class GoldenTemplate(nn.Module):
-    """Mean and standard deviation of good images, pixel by pixel.
+    """Deviation of images from all good images, pixel by pixel, and from the good images nearest to each.
+
+    The nearest are those with the least squared difference at 32 x 32 pixels. They are kept with a longer side of at
+    most 128 pixels, in bytes. Neither choosing them nor comparing with them heeds the mean of a channel over the image:
+    brighter light is not another part, and no defect.
 
     Before :meth:`fit` the template is a grey image of even spread.
 
     Args:
         channels: Channels of the images.
+        num_neighbors: Nearest good images to compare with, 0 for none. In training mode the very nearest is left out:
+            a training image would find itself.
+
+    Raises:
+        ValueError: If ``num_neighbors`` is negative.
 
     Example:
-        >>> template = GoldenTemplate()
+        >>> template = GoldenTemplate().eval()
         >>> template.fit(torch.rand(20, 3, 64, 48))
         >>> template(torch.rand(2, 3, 64, 48)).shape
-        torch.Size([2, 3, 64, 48])
+        torch.Size([2, 6, 64, 48])
     """
 
     mean: torch.Tensor
     spread: torch.Tensor
+    gallery: torch.Tensor
+    keys: torch.Tensor
 
-    def __init__(self, channels: int = 3) -> None:
+    def __init__(self, channels: int = 3, num_neighbors: int = 4) -> None:
         super().__init__()
+        if num_neighbors < 0:
+            msg = f"num_neighbors must be 0 or more, got {num_neighbors}."
+            raise ValueError(msg)
+        self.num_neighbors = num_neighbors
         self.register_buffer("mean", torch.full((channels, 1, 1), 0.5))
         self.register_buffer("spread", torch.full((channels, 1, 1), 0.25))
+        if num_neighbors:
+            self.register_buffer("gallery", torch.full((1, channels, 1, 1), 128, dtype=torch.uint8))
+            self.register_buffer("keys", torch.zeros(1, channels * _KEY_SIDE**2))
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the deviations."""
+        return len(self.mean) * (2 if self.num_neighbors else 1)
 
     def fit(self, images: Iterable[torch.Tensor]) -> None:
-        """Take the statistics of good images.
+        """Take the statistics of good images, and keep them.
 
         Args:
             images: Images ``(C, H, W)`` in [0, 1], one by one; sizes that differ from the first one's are scaled to it.
@@ -54,6 +87,7 @@ class GoldenTemplate(nn.Module):
             ValueError: If there is no image, or one has another number of channels.
         """
         count, total, squares = 0, torch.empty(0), torch.empty(0)
+        gallery, keys = [], []
         for image in images:
             if image.ndim != 3 or image.shape[0] != self.mean.shape[0]:
                 msg = f"A template of {self.mean.shape[0]} channels takes images (C, H, W), got {tuple(image.shape)}."
@@ -66,12 +100,19 @@ class GoldenTemplate(nn.Module):
             count += 1
             total += values
             squares += values.square()
+            if self.num_neighbors:
+                small = antialiased_resize(values.float(), _gallery_size(*values.shape[-2:]))
+                keys.append(_key(small.unsqueeze(0)))
+                gallery.append((small * 255).round().clamp(0, 255).to(torch.uint8))
         if count == 0:
             msg = "A template needs at least one good image, got none."
             raise ValueError(msg)
+        device = self.mean.device
         mean = total / count
         variance = (squares / count - mean.square()).clamp_min(0)
-        self.mean, self.spread = (value.float().to(self.mean.device) for value in (mean, variance.sqrt()))
+        self.mean, self.spread = (value.float().to(device) for value in (mean, variance.sqrt()))
+        if self.num_neighbors:
+            self.gallery, self.keys = torch.stack(gallery).to(device), torch.cat(keys).to(device)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Compare images with the template.
@@ -80,8 +121,9 @@ class GoldenTemplate(nn.Module):
             images: ``(B, C, H, W)`` in [0, 1]. A template of another size is scaled to theirs.
 
         Returns:
-            Signed deviations ``(B, C, H, W)`` in [-3, 3], in the images' type; 0.3 is about one standard deviation. NaN
-            stays NaN.
+            Signed deviations in [-3, 3], in the images' type: from all good images ``(B, C, H, W)``, where 0.3 is about
+            one standard deviation, and after them, ``(B, C, H, W)`` once more, from the nearest. NaN stays NaN; from
+            the nearest all of its channel is.
 
         Raises:
             TypeError: If the images are not a tensor.
@@ -93,20 +135,56 @@ class GoldenTemplate(nn.Module):
         if images.ndim != 4 or images.shape[1] != self.mean.shape[0]:
             msg = f"Images must be (B, {self.mean.shape[0]}, H, W), got shape {tuple(images.shape)}."
             raise ValueError(msg)
+        values = images.float()
         size = images.shape[-2:]
         mean, spread = self.mean, self.spread
         # Sizes are symbols while the model is traced for export, where a comparison would freeze them.
         if torch.compiler.is_compiling() or mean.shape[-2:] != size:
             mean, spread = _resized(mean, size), _resized(spread, size)
-        return ((images.float() - mean) * (_SCALE / (spread + _NOISE))).clamp(-_LIMIT, _LIMIT).to(images.dtype)
+        deviation = (values - mean) * (_SCALE / (spread + _NOISE))
+        if self.num_neighbors:
+            with full_precision(images.device):
+                deviation = torch.cat([deviation, self._from_nearest(values)], dim=1)
+        return deviation.clamp(-_LIMIT, _LIMIT).to(images.dtype)
+
+    def _from_nearest(self, images: torch.Tensor) -> torch.Tensor:
+        small = antialiased_resize(images, self.gallery.shape[-2:])
+        skipped = int(self.training and len(self.gallery) > 1)
+        count = min(self.num_neighbors, max(1, len(self.gallery) - 1))  # as many as are left in training
+        # Least |a - b|^2 is most a.b - |b|^2 / 2. About the mean of the keys no digits are lost.
+        middle = self.keys.float().mean(dim=0)
+        keys = self.keys.float() - middle
+        closeness = (_key(small) - middle) @ keys.T - keys.square().sum(dim=1) / 2
+        nearest = closeness.topk(skipped + count, dim=1).indices[:, skipped:]
+        neighbors = self.gallery[nearest.flatten()].float().reshape(-1, count, *self.gallery.shape[1:]) / 255
+        spread = neighbors.std(dim=1, correction=0)
+        difference = small - neighbors.mean(dim=1)
+        difference = difference - difference.mean(dim=(2, 3), keepdim=True)
+        deviation = difference * (_SCALE / (spread + _FEW_NOISE))
+        return antialiased_resize(deviation, images.shape[-2:])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the size of what is loaded: it is that of the images the other template was fitted to."""
-        for name in ("mean", "spread"):
-            saved, own = state_dict.get(f"{prefix}{name}"), getattr(self, name)
-            if saved is not None and saved.ndim == 3 and saved.shape[0] == own.shape[0]:
+        """Take the sizes of what is loaded: they are those of the images the other template was fitted to."""
+        channels = len(self.mean)
+        for name, own in list(self._buffers.items()):
+            saved = state_dict.get(f"{prefix}{name}")
+            if saved is None or own is None or saved.ndim != own.ndim:
+                continue
+            fits = saved.shape[1] == own.shape[1] if name in ("gallery", "keys") else saved.shape[0] == channels
+            if fits:
                 setattr(self, name, torch.empty_like(saved, device=own.device, dtype=own.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _gallery_size(height: int, width: int) -> tuple[int, int]:
+    share = min(1.0, _GALLERY_SIDE / max(height, width))
+    return max(1, round(height * share)), max(1, round(width * share))
+
+
+def _key(images: torch.Tensor) -> torch.Tensor:
+    """What images ``(B, C, H, W)`` are compared by: ``(B, C * 32 * 32)`` float32, without their mean colour."""
+    coarse = antialiased_resize(images, (_KEY_SIDE, _KEY_SIDE))
+    return (coarse - coarse.mean(dim=(2, 3), keepdim=True)).flatten(1)
 
 
 def _resized(image: torch.Tensor, size: torch.Size) -> torch.Tensor:

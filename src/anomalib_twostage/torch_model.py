@@ -2,7 +2,6 @@
 """The two-stage model: two segmentation networks with the superpixels of the input between them."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,6 +11,7 @@ from kornia.filters import GaussianBlur2d
 from torch import nn
 from torch.nn import functional
 
+from .precision import full_precision
 from .refiner import SuperpixelRefiner
 from .slic import Slic
 from .template import GoldenTemplate
@@ -32,7 +32,8 @@ class StageMaps(NamedTuple):
         refined_image: The image where selected, zero elsewhere, ``(B, C, H, W)``.
         stage_two_logits: What stage two's loss is taken on, ``(B, 1, H, W)``; ``None`` before stage two, and in
             evaluation zero for images of which nothing is selected, because stage two does not run for them.
-        anomaly_map: The final map, ``(B, 1, H, W)`` float32 in [0, 1].
+        fused_map: The stages' maps together, ``(B, 1, H, W)`` float32 in [0, 1].
+        anomaly_map: The final map: the fused map, smoothed. ``(B, 1, H, W)`` float32 in [0, 1].
     """
 
     stage_one_logits: torch.Tensor
@@ -42,6 +43,7 @@ class StageMaps(NamedTuple):
     selected: torch.Tensor
     refined_image: torch.Tensor
     stage_two_logits: torch.Tensor | None
+    fused_map: torch.Tensor
     anomaly_map: torch.Tensor
 
 
@@ -53,9 +55,10 @@ class TwoStageSuperpixelModel(nn.Module):
 
     * ``"hard"``, as published: stage two sees the refined image alone and draws the map; outside the selected
       superpixels the map is zero.
-    * ``"average"``: stage two sees what stage one sees, stage one's map and its superpixel average. Inside the selected
-      superpixels its map is averaged with the mean of those two maps. Outside them stage one's ranking stands, where
-      the hard gate would tie every missed pixel at zero, and where nothing is selected stage two has no say.
+    * ``"average"``: stage two sees what stage one sees, stage one's map and its superpixel average. Its map, zero
+      outside the selected superpixels, is averaged with the mean of those two maps. So stage one's ranking stands
+      outside, where the hard gate would tie every missed pixel at zero, and nothing outside ranks above what stage two
+      confirms inside.
 
     Until stage two has begun to learn (:attr:`stage` is 1) the map is stage one's alone: its map for the hard gate,
     the mean of it and its superpixel average for the other.
@@ -173,17 +176,17 @@ class TwoStageSuperpixelModel(nn.Module):
 
         stage_two_logits = None
         if self.gate == "hard":
-            anomaly_map = stage_one_map
+            fused_map = stage_one_map
             if self.stage == 2:
                 stage_two_logits = self._stage_two_logits(refined.image, refined.selected)
-                anomaly_map = stage_two_logits.sigmoid() * refined.selected
+                fused_map = stage_two_logits.sigmoid() * refined.selected
         else:
-            anomaly_map = (stage_one_map + refined.pooled) / 2
+            fused_map = (stage_one_map + refined.pooled) / 2
             if self.stage == 2:
                 maps = torch.cat([stage_one_map, refined.pooled], dim=1)
                 seen = torch.cat([seen, maps.to(images.dtype)], dim=1)
                 stage_two_logits = self._stage_two_logits(seen, refined.selected)
-                anomaly_map = torch.lerp(anomaly_map, stage_two_logits.sigmoid(), refined.selected / 2)
+                fused_map = (fused_map + stage_two_logits.sigmoid() * refined.selected) / 2
         return StageMaps(
             stage_one_logits=stage_one_logits,
             stage_one_map=stage_one_map,
@@ -192,7 +195,8 @@ class TwoStageSuperpixelModel(nn.Module):
             selected=refined.selected,
             refined_image=refined.image,
             stage_two_logits=stage_two_logits,
-            anomaly_map=self.smooth(anomaly_map),
+            fused_map=fused_map,
+            anomaly_map=self.smooth(fused_map),
         )
 
     def _stage_two_logits(self, seen: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
@@ -224,9 +228,7 @@ class TwoStageSuperpixelModel(nn.Module):
 
     def smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Smooth maps ``(B, 1, H, W)`` as the final map is, in float32: half precision would tie pixels."""
-        # An export traces no autocast, and could not hold one.
-        autocast = torch.is_autocast_enabled(anomaly_map.device.type)
-        with torch.autocast(anomaly_map.device.type, enabled=False) if autocast else nullcontext():
+        with full_precision(anomaly_map.device):
             return self.blur(anomaly_map)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
@@ -286,6 +288,7 @@ def two_stage_superpixel_model(
     in_channels: int = 3,
     gate: Literal["hard", "average"] | None = None,
     template: bool | None = None,
+    num_neighbors: int = 4,
     smoothing: float | None = None,
 ) -> TwoStageSuperpixelModel:
     """Build a published variant.
@@ -300,6 +303,7 @@ def two_stage_superpixel_model(
             :class:`TwoStageSuperpixelModel`.
         template: Whether the networks see how far images are from a
             :class:`~anomalib_twostage.template.GoldenTemplate`; ``None`` takes the variant's own.
+        num_neighbors: Nearest good images that the template compares with, 0 for none.
         smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
             the variant's own, a quarter of the segment size or none.
 
@@ -307,21 +311,23 @@ def two_stage_superpixel_model(
         The model with fresh weights.
 
     Raises:
-        ValueError: If the variant or the gate is unknown, or the smoothing negative.
+        ValueError: If the variant or the gate is unknown, or the smoothing or the number of neighbours negative.
     """
     if variant not in VARIANTS:
         msg = f"variant must be one of {sorted(VARIANTS)}, got {variant!r}."
         raise ValueError(msg)
     shape = VARIANTS[variant]
     gate = gate or shape.gate
-    template = shape.template if template is None else template
-    seen = 2 * in_channels if template else in_channels
+    golden = None
+    if shape.template if template is None else template:
+        golden = GoldenTemplate(in_channels, num_neighbors)
+    seen = in_channels + (golden.out_channels if golden else 0)
     return TwoStageSuperpixelModel(
         stage_one=UNet(seen, shape.widths, shape.stem_stride),
         slic=Slic(segment_size, compactness),
         refiner=SuperpixelRefiner(shape.threshold),
         stage_two=UNet(in_channels if gate == "hard" else seen + 2, shape.widths, shape.stem_stride),
         gate=gate,
-        template=GoldenTemplate(in_channels) if template else None,
+        template=golden,
         smoothing=shape.smoothing * segment_size if smoothing is None else smoothing,
     )

@@ -109,7 +109,7 @@ def test_stages_of_ours_are_measured_apart() -> None:
     model.model.start_stage_two()
     data = batches()
     measured = quality(model, data)
-    assert list(measured) == ["stage one", "superpixel mean", "final"]
+    assert list(measured) == ["stage one", "superpixel mean", "not smoothed", "final"]
     masks = torch.cat([batch.gt_mask for batch in data]).flatten().int()
     labels = torch.cat([batch.gt_label for batch in data]).int()
     with torch.no_grad():
@@ -117,10 +117,14 @@ def test_stages_of_ours_are_measured_apart() -> None:
     for name, attribute in [
         ("stage one", "stage_one_map"),
         ("superpixel mean", "pooled_map"),
+        ("not smoothed", "fused_map"),
         ("final", "anomaly_map"),
     ]:
         maps = torch.cat([getattr(stage, attribute) for stage in stages])
-        if name != "final":  # smoothed like the final map, so that the rows differ by the method's parts alone
+        if name in (
+            "stage one",
+            "superpixel mean",
+        ):  # smoothed like the final map, so that the rows differ by the method's parts alone
             maps = model.model.smooth(maps)
         assert measured[name]["pixel AUROC"] == pytest.approx(roc_auc_score(masks, maps.flatten()), abs=1e-5)
         assert measured[name]["image AUROC"] == pytest.approx(roc_auc_score(labels, model.model.score(maps)), abs=1e-5)

@@ -27,8 +27,8 @@ def quality(model: AnomalibModule, batches: Iterable[ImageBatch]) -> dict[str, d
     """Metrics of each of the model's maps, at its input size, before any normalisation.
 
     Args:
-        model: Trained model in evaluation mode. Of :class:`TwoStageSuperpixel` stage one's map, its superpixel mean
-            and the final map are measured, of others the final map.
+        model: Trained model in evaluation mode. Of :class:`TwoStageSuperpixel` stage one's map, its superpixel mean,
+            the final map before smoothing and the final map are measured, of others the final map.
         batches: Test images with labels and masks, as the datamodule hands them out.
 
     Returns:
@@ -84,10 +84,11 @@ def _maps(model: AnomalibModule, images: torch.Tensor) -> dict[str, tuple[torch.
     """Maps and image scores of a batch, by name, as they leave the model."""
     if isinstance(model, TwoStageSuperpixel):
         stages = model.model.stages(images)
-        # Smoothed like the final map, so that the rows differ by the method's parts alone.
+        # The stages' maps are smoothed like the final one, so that they differ by the method's parts alone.
         maps = {
             "stage one": model.model.smooth(stages.stage_one_map),
             "superpixel mean": model.model.smooth(stages.pooled_map),
+            "not smoothed": stages.fused_map,
             FINAL: stages.anomaly_map,
         }
         return {name: (values, model.model.score(values)) for name, values in maps.items()}

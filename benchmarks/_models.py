@@ -30,6 +30,17 @@ def flat(side: int) -> torch.Tensor:
     return torch.full((1, 3, side, side), 0.5)
 
 
+def fill_template(model: TwoStageSuperpixelModel, side: int, count: int = 300) -> None:
+    """Give the model the template of that many good images of that size; time does not depend on what they show."""
+    if model.template is not None:
+        model.template.fit(torch.rand(count, 3, 8, 8))
+        good = min(side, 128)
+        state = model.template.state_dict()
+        state["mean"], state["spread"] = torch.rand(3, side, side), torch.rand(3, side, side)
+        state["gallery"] = torch.randint(256, (count, 3, good, good), dtype=torch.uint8)
+        model.template.load_state_dict(state)
+
+
 @torch.no_grad()
 def select_on_photograph_only(model: TwoStageSuperpixelModel, side: int) -> None:
     """Have stage one mark a few pixels of :func:`photograph` and none of :func:`flat`, whatever its weights.
@@ -60,6 +71,7 @@ def ours(variant: str, side: int) -> TwoStageSuperpixelModel:
     """A variant that runs both stages on :func:`photograph` and stage one alone on :func:`flat`."""
     model = two_stage_superpixel_model(variant).eval()
     model.start_stage_two()
+    fill_template(model, side)
     select_on_photograph_only(model, side)
     return model
 
@@ -68,6 +80,7 @@ def our_module(variant: str, side: int) -> TwoStageSuperpixel:
     """The same as Lightning module, to export and train."""
     module = TwoStageSuperpixel(variant, visualizer=False).eval()
     module.model.start_stage_two()
+    fill_template(module.model, side)
     select_on_photograph_only(module.model, side)
     return module
 

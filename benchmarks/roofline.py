@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def networks(model: TwoStageSuperpixelModel, image: torch.Tensor) -> Callable[[], object]:
-    first, second = (image.repeat(1, 3, 1, 1)[:, : part.in_channels] for part in (model.stage_one, model.stage_two))
+    first, second = (image.repeat(1, 4, 1, 1)[:, : part.in_channels] for part in (model.stage_one, model.stage_two))
     return lambda: (model.stage_one(first), model.stage_two(second))
 
 

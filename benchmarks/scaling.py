@@ -75,10 +75,13 @@ def make(question: str) -> tuple[Callable[[torch.Tensor], object], Callable[[int
         from anomalib_twostage import PseudoAnomaly
 
         return PseudoAnomaly(probability=1.0), lambda side: noise(side, 8)
+    from _models import fill_template
+
     from anomalib_twostage.torch_model import two_stage_superpixel_model
 
     model = two_stage_superpixel_model(question.split("`")[1]).eval()
     model.start_stage_two()
+    fill_template(model, SIDES[-1])
     torch.nn.init.constant_(model.stage_one.head.bias, 10.0)  # something is selected, so both stages run
     return model, noise
 

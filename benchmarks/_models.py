@@ -33,11 +33,10 @@ def flat(side: int) -> torch.Tensor:
 def fill_template(model: TwoStageSuperpixelModel, side: int, count: int = 300) -> None:
     """Give the model the template of that many good images of that size; time does not depend on what they show."""
     if model.template is not None:
-        model.template.fit(torch.rand(count, 3, 8, 8))
-        good = min(side, 128)
-        state = model.template.state_dict()
+        good, state = min(side, 128), model.template.state_dict()
         state["mean"], state["spread"] = torch.rand(3, side, side), torch.rand(3, side, side)
         state["gallery"] = torch.randint(256, (count, 3, good, good), dtype=torch.uint8)
+        state["keys"] = torch.randn(count, state["keys"].shape[1])
         model.template.load_state_dict(state)
 
 

@@ -9,8 +9,10 @@ from anomalib_twostage import GoldenTemplate
 def fitted(
     count: int = 12, size: tuple[int, int] = (9, 7), num_neighbors: int = 0
 ) -> tuple[GoldenTemplate, torch.Tensor]:
+    """Kinds of images, alike within each."""
     torch.manual_seed(0)
-    images = torch.rand(count, 3, *size).mul(255).round() / 255
+    kinds = torch.rand(max(1, count // 5), 3, *size).repeat(5, 1, 1, 1)[:count]
+    images = (0.8 * kinds + 0.2 * torch.rand(len(kinds), 3, *size)).mul(255).round() / 255
     template = GoldenTemplate(num_neighbors=num_neighbors)
     template.fit(images)
     return template, images
@@ -173,12 +175,24 @@ def test_in_training_an_image_does_not_find_itself() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_fewer_good_images_than_neighbors_will_do(count: int, training: bool) -> None:
-    template, images = fitted(count, (16, 16), num_neighbors=4)
-    found = template.train(training)(images)
-    assert found.shape == (count, 6, 16, 16)
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_with_few_good_images_there_are_no_nearest(count: int, training: bool) -> None:
+    template = GoldenTemplate(num_neighbors=4).train(training)
+    images = poses(24)[:count]
+    template.fit(images)
+    found = template(images)
     assert found.isfinite().all()
+    assert bool(found[:, 3:].any()) == (count > 5)
+
+
+def test_where_nothing_is_alike_there_are_no_nearest() -> None:
+    template = GoldenTemplate()
+    texture = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    template.fit(texture)
+    assert len(template.gallery) == len(template.keys) == 0
+    found = template.eval()(texture)
+    assert found[:, :3].any()
+    assert not found[:, 3:].any()
 
 
 def test_the_gallery_is_small_and_deviations_are_of_the_images_size() -> None:

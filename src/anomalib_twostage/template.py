@@ -4,7 +4,8 @@
 Inspection has long compared a part with a golden sample. Parts that come to lie in the same place give away at once
 what the good ones never look like there. Of parts that lie at any angle, like screws, some good image lies about alike:
 therefore an image is compared with all good images together, and with the few that are nearest to it. Where nothing is
-alike, as in textures, both comparisons show little but the image itself on another scale.
+alike, as in textures, the first comparison shows little but the image itself on another scale, and the second is left
+out.
 
 SPADE (Cohen and Hoshen, 2020) retrieves the nearest good images, and PaDiM (Defard et al., 2021) keeps statistics of
 each place, both in the features of a pre-trained network; here they are of the colours alone, so nothing has to be
@@ -36,7 +37,8 @@ class GoldenTemplate(nn.Module):
 
     The nearest are those with the least squared difference at 32 x 32 pixels. They are kept with a longer side of at
     most 128 pixels, in bytes. Neither choosing them nor comparing with them heeds the mean of a channel over the image:
-    brighter light is not another part, and no defect.
+    brighter light is not another part, and no defect. They are kept only if they tell more of a good image than the
+    mean of all the others does; where nothing is alike, as in a texture, that deviation is zero.
 
     Before :meth:`fit` the template is a grey image of even spread.
 
@@ -69,8 +71,8 @@ class GoldenTemplate(nn.Module):
         self.register_buffer("mean", torch.full((channels, 1, 1), 0.5))
         self.register_buffer("spread", torch.full((channels, 1, 1), 0.25))
         if num_neighbors:
-            self.register_buffer("gallery", torch.full((1, channels, 1, 1), 128, dtype=torch.uint8))
-            self.register_buffer("keys", torch.zeros(1, channels * _KEY_SIDE**2))
+            self.register_buffer("gallery", torch.zeros(0, channels, 1, 1, dtype=torch.uint8))
+            self.register_buffer("keys", torch.zeros(0, channels * _KEY_SIDE**2))
 
     @property
     def out_channels(self) -> int:
@@ -113,6 +115,8 @@ class GoldenTemplate(nn.Module):
         self.mean, self.spread = (value.float().to(device) for value in (mean, variance.sqrt()))
         if self.num_neighbors:
             self.gallery, self.keys = torch.stack(gallery).to(device), torch.cat(keys).to(device)
+            if not self._nearest_tell_more():
+                self.gallery, self.keys = self.gallery[:0], self.keys[:0]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Compare images with the template.
@@ -148,21 +152,39 @@ class GoldenTemplate(nn.Module):
         return deviation.clamp(-_LIMIT, _LIMIT).to(images.dtype)
 
     def _from_nearest(self, images: torch.Tensor) -> torch.Tensor:
+        if len(self.gallery) == 0:
+            return torch.zeros_like(images)
         small = antialiased_resize(images, self.gallery.shape[-2:])
-        skipped = int(self.training and len(self.gallery) > 1)
-        count = min(self.num_neighbors, max(1, len(self.gallery) - 1))  # as many as are left in training
-        # Least |a - b|^2 is most a.b - |b|^2 / 2. About the mean of the keys no digits are lost.
-        middle = self.keys.float().mean(dim=0)
-        keys = self.keys.float() - middle
-        closeness = (_key(small) - middle) @ keys.T - keys.square().sum(dim=1) / 2
-        nearest = closeness.topk(skipped + count, dim=1).indices[:, skipped:]
-        neighbors = self.gallery[nearest.flatten()].float().reshape(-1, count, *self.gallery.shape[1:]) / 255
+        skipped = int(self.training)
+        nearest = self._nearest(_key(small), skipped + self.num_neighbors)[:, skipped:]
+        neighbors = self.gallery[nearest.flatten()].float() / 255
+        neighbors = neighbors.reshape(-1, self.num_neighbors, *self.gallery.shape[1:])
         mean = neighbors.mean(dim=1)
         spread = (neighbors - mean.unsqueeze(1)).square().mean(dim=1).sqrt()  # std() takes ten times as long
-        difference = small - mean
-        difference = difference - difference.mean(dim=(2, 3), keepdim=True)
-        deviation = difference * (_SCALE / (spread + _FEW_NOISE))
+        deviation = _centred(small - mean) * (_SCALE / (spread + _FEW_NOISE))
         return antialiased_resize(deviation, images.shape[-2:])
+
+    def _nearest(self, keys: torch.Tensor, count: int) -> torch.Tensor:
+        """Numbers ``(B, count)`` of the images nearest to keys ``(B, D)``."""
+        # Least |a - b|^2 is most a.b - |b|^2 / 2. About the mean of the keys no digits are lost.
+        middle = self.keys.float().mean(dim=0)
+        own = self.keys.float() - middle
+        return ((keys - middle) @ own.T - own.square().sum(dim=1) / 2).topk(count, dim=1).indices
+
+    def _nearest_tell_more(self) -> bool:
+        """Whether a good image is nearer to the mean of its nearest ones than to that of all the others."""
+        count = len(self.gallery)
+        if count < self.num_neighbors + 2:  # the nearest would be all the others
+            return False
+        nearest = self._nearest(self.keys, self.num_neighbors + 1)
+        mean = _centred(self.gallery.float().mean(dim=0))
+        from_nearest, from_mean = 0.0, 0.0
+        for number, found in enumerate(nearest):
+            image = _centred(self.gallery[number].float())
+            others = found[found != number][: self.num_neighbors]
+            from_nearest += float((image - _centred(self.gallery[others].float().mean(dim=0))).square().mean())
+            from_mean += float((image - mean).square().mean()) * (count / (count - 1)) ** 2  # the mean of the others
+        return from_nearest < from_mean
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the sizes of what is loaded: they are those of the images the other template was fitted to."""
@@ -184,8 +206,12 @@ def _gallery_size(height: int, width: int) -> tuple[int, int]:
 
 def _key(images: torch.Tensor) -> torch.Tensor:
     """What images ``(B, C, H, W)`` are compared by: ``(B, C * 32 * 32)`` float32, without their mean colour."""
-    coarse = antialiased_resize(images, (_KEY_SIDE, _KEY_SIDE))
-    return (coarse - coarse.mean(dim=(2, 3), keepdim=True)).flatten(1)
+    return _centred(antialiased_resize(images, (_KEY_SIDE, _KEY_SIDE))).flatten(1)
+
+
+def _centred(images: torch.Tensor) -> torch.Tensor:
+    """Images ``(..., H, W)`` without the mean of each channel."""
+    return images - images.mean(dim=(-2, -1), keepdim=True)
 
 
 def _resized(image: torch.Tensor, size: torch.Size) -> torch.Tensor:

@@ -250,7 +250,10 @@ def test_metrics_are_those_of_the_last_steps_model(config: Path) -> None:
     masks = torch.cat([batch.gt_mask for _, batch in tested]).flatten().int()
     for row, name in zip(rows, ("stage_one_map", "pooled_map", "fused_map", "anomaly_map"), strict=True):
         maps = torch.cat([getattr(stages, name) for stages, _ in tested])
-        if name in ("stage_one_map", "pooled_map"):  # smoothed like the final map, so that the rows differ by the method's parts alone
+        if name in (
+            "stage_one_map",
+            "pooled_map",
+        ):  # smoothed like the final map, so that the rows differ by the method's parts alone
             maps = model.model.smooth(maps)
         maps = maps.flatten()
         assert row["pixel AUROC"] == pytest.approx(roc_auc_score(masks, maps), abs=1e-4)

@@ -88,7 +88,7 @@ def test_comparison(folder: Path) -> None:
     )
     run(command, folder)
     (table,) = (folder / "results").glob("comparison*.csv")
-    assert len(table.read_text().splitlines()) == 4  # the head and three maps
+    assert len(table.read_text().splitlines()) == 5  # the head and four maps
 
 
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))

@@ -12,6 +12,7 @@ each place, both in the features of a pre-trained network; here they are of the 
 pre-trained.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,8 @@ from .precision import full_precision
 from .resize import antialiased_resize
 
 __all__ = ["GoldenTemplate"]
+
+logger = logging.getLogger(__name__)
 
 _NOISE = 0.05  # added to the spread, so that a pixel which never changed is not alarming at the first grey level
 _FEW_NOISE = 0.1  # the same for the spread of a few images, which may agree by chance
@@ -115,7 +118,14 @@ class GoldenTemplate(nn.Module):
         self.mean, self.spread = (value.float().to(device) for value in (mean, variance.sqrt()))
         if self.num_neighbors:
             self.gallery, self.keys = torch.stack(gallery).to(device), torch.cat(keys).to(device)
-            if not self._nearest_tell_more():
+            share = self._share_to_nearest()
+            used = share < 1
+            logger.info(
+                "Squared difference of good images to the mean of their %d nearest: %.2f times that to the mean of all "
+                "others. The nearest are %s.",
+                *(self.num_neighbors, share, "used" if used else "left out"),
+            )
+            if not used:
                 self.gallery, self.keys = self.gallery[:0], self.keys[:0]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -171,11 +181,11 @@ class GoldenTemplate(nn.Module):
         own = self.keys.float() - middle
         return ((keys - middle) @ own.T - own.square().sum(dim=1) / 2).topk(count, dim=1).indices
 
-    def _nearest_tell_more(self) -> bool:
-        """Whether a good image is nearer to the mean of its nearest ones than to that of all the others."""
+    def _share_to_nearest(self) -> float:
+        """Squared difference of good images to the mean of their nearest, as a share of that to the mean of all others."""
         count = len(self.gallery)
         if count < self.num_neighbors + 2:  # the nearest would be all the others
-            return False
+            return 1.0
         nearest = self._nearest(self.keys, self.num_neighbors + 1)
         mean = _centred(self.gallery.float().mean(dim=0))
         from_nearest, from_mean = 0.0, 0.0
@@ -184,7 +194,7 @@ class GoldenTemplate(nn.Module):
             others = found[found != number][: self.num_neighbors]
             from_nearest += float((image - _centred(self.gallery[others].float().mean(dim=0))).square().mean())
             from_mean += float((image - mean).square().mean()) * (count / (count - 1)) ** 2  # the mean of the others
-        return from_nearest < from_mean
+        return from_nearest / from_mean if from_mean else 1.0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the sizes of what is loaded: they are those of the images the other template was fitted to."""

@@ -182,7 +182,7 @@ class GoldenTemplate(nn.Module):
         return ((keys - middle) @ own.T - own.square().sum(dim=1) / 2).topk(count, dim=1).indices
 
     def _share_to_nearest(self) -> float:
-        """Squared difference of good images to the mean of their nearest, as a share of that to the mean of all others."""
+        """Squared difference of good images to the mean of their nearest, over that to the mean of all others."""
         count = len(self.gallery)
         if count < self.num_neighbors + 2:  # the nearest would be all the others
             return 1.0

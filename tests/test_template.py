@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,9 @@ def test_where_nothing_is_alike_there_are_no_nearest() -> None:
     texture = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     template.fit(texture)
     assert len(template.gallery) == len(template.keys) == 0
+    file = io.BytesIO()
+    torch.save(template.state_dict(), file)
+    assert file.tell() < 2 * (template.mean.nbytes + template.spread.nbytes)
     found = template.eval()(texture)
     assert found[:, :3].any()
     assert not found[:, 3:].any()

@@ -125,8 +125,8 @@ class GoldenTemplate(nn.Module):
                 "others. The nearest are %s.",
                 *(self.num_neighbors, share, "used" if used else "left out"),
             )
-            if not used:
-                self.gallery, self.keys = self.gallery[:0], self.keys[:0]
+            if not used:  # copies of nothing, for a checkpoint holds all that a view looks at
+                self.gallery, self.keys = self.gallery[:0].clone(), self.keys[:0].clone()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Compare images with the template.

@@ -7,6 +7,8 @@ from kornia.metrics import ssim
 from torch import nn
 from torch.nn import functional
 
+from .precision import full_precision
+
 __all__ = ["PaperLoss", "SegmentationLoss"]
 
 _SSIM_WINDOW = 11
@@ -30,7 +32,7 @@ class PaperLoss(nn.Module):
         """Compare logits ``(B, 1, H, W)`` with masks ``(B, 1, H, W)`` in {0, 1}; returns a scalar."""
         prediction, mask = logits.float().sigmoid(), mask.float()
         # SSIM subtracts nearly equal numbers; autocast would take its means in half precision.
-        with torch.autocast(logits.device.type, enabled=False):
+        with full_precision(logits.device):
             similarity = ssim(prediction, mask, window_size=_SSIM_WINDOW, max_val=1.0).mean()
         return functional.mse_loss(prediction, mask) + (1 - similarity)
 

@@ -15,6 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from anomalib_twostage.color import rgb_to_lab
+from anomalib_twostage.precision import full_precision
 from anomalib_twostage.refiner import superpixel_mean
 from anomalib_twostage.slic import Slic
 
@@ -137,7 +138,7 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
         # Decided on the host, so that only the chosen images cost anything and the device is never waited for.
         chosen = (torch.rand(images.shape[0]) < self.probability).nonzero().flatten()
         if len(chosen) > 0 and images.numel() > 0:
-            with torch.autocast(images.device.type, enabled=False):
+            with full_precision(images.device):
                 self._paint_chosen(painted, masks, to_device(chosen, images.device))
         return painted, masks
 

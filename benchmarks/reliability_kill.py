@@ -96,7 +96,7 @@ def main() -> None:
 
     import torch
 
-    from anomalib_twostage.checkpoint import check_checkpoint
+    from anomalib_twostage.model.checkpoint import check_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

@@ -27,7 +27,7 @@ from _timing import Report, interleave, paired_ratio, parse, parser, synchronize
 from skimage import data, segmentation
 
 from anomalib_twostage import Slic
-from anomalib_twostage.color import rgb_to_lab
+from anomalib_twostage.superpixels.color import rgb_to_lab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.test_slic import CROPS, boundary_recall, crop, explained_variation, undersegmentation_error

@@ -29,8 +29,8 @@ from PIL import Image
 from torchvision.transforms.v2 import Resize
 
 from anomalib_twostage import SampleTextures, TwoStageSuperpixel
+from anomalib_twostage.model.torch_model import VARIANTS
 from anomalib_twostage.pseudo_anomaly.textures import builtin_textures
-from anomalib_twostage.torch_model import VARIANTS
 
 SHARE = 0.7  # of stage one, the default
 

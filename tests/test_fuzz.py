@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from scipy.ndimage import maximum_filter
 
 from anomalib_twostage import PerlinAnomaly, PseudoAnomaly, SuperpixelAnomaly
+from anomalib_twostage.model.refiner import SuperpixelRefiner
+from anomalib_twostage.model.torch_model import TwoStageSuperpixelModel, two_stage_superpixel_model
 from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform
-from anomalib_twostage.refiner import SuperpixelRefiner
-from anomalib_twostage.slic import Slic, slic
-from anomalib_twostage.torch_model import TwoStageSuperpixelModel, two_stage_superpixel_model
+from anomalib_twostage.superpixels.slic import Slic, slic
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 LARGEST = 2**17  # pixels of an image; long ones have up to 1024 on a side

@@ -58,7 +58,7 @@ import sys, types, anomalib_twostage, anomalib.data, anomalib.models
 assert anomalib.models.TwoStageSuperpixel is anomalib_twostage.TwoStageSuperpixel
 assert anomalib.data.SampleTextures is anomalib_twostage.SampleTextures
 assert anomalib.models.ALLOWED_MODULES == {
-    "anomalib.models", "anomalib_twostage", "anomalib_twostage.lightning_model"
+    "anomalib.models", "anomalib_twostage", "anomalib_twostage.model.lightning_model"
 }
 assert type(anomalib) is types.ModuleType
 assert not [finder for finder in sys.meta_path if "anomalib" in finder.__module__]
@@ -123,11 +123,11 @@ class TestRealAnomalib:
                 "TwoStageSuperpixel",
                 {{"class_path": "TwoStageSuperpixel"}},
                 {{"class_path": "anomalib_twostage.TwoStageSuperpixel", "init_args": {{}}}},
-                {{"class_path": "anomalib_twostage.lightning_model.TwoStageSuperpixel"}},
+                {{"class_path": "anomalib_twostage.model.lightning_model.TwoStageSuperpixel"}},
             ):
                 assert type(get_model(model)) is anomalib_twostage.TwoStageSuperpixel, model
             try:
-                get_model({{"class_path": "anomalib_twostage.torch_model.TwoStageSuperpixelModel"}})
+                get_model({{"class_path": "anomalib_twostage.model.torch_model.TwoStageSuperpixelModel"}})
             except UnknownModelError:
                 pass
             else:
@@ -190,7 +190,7 @@ class TestRealAnomalib:
         stderr = run_python(
             """
             import sys
-            sys.modules["anomalib_twostage.lightning_model"] = None
+            sys.modules["anomalib_twostage.model.lightning_model"] = None
             import anomalib.engine
             from anomalib.models import Padim, list_models
             assert "padim" in list_models()
@@ -227,9 +227,9 @@ class TestOrders:
             "anomalib.engine",
             "anomalib_twostage",
             "anomalib_twostage.data",
-            "anomalib_twostage.lightning_model",
-            "anomalib_twostage.torch_model",
-            "anomalib_twostage.slic",
+            "anomalib_twostage.model.lightning_model",
+            "anomalib_twostage.model.torch_model",
+            "anomalib_twostage.superpixels.slic",
         ],
     )
     def test_first_import(self, stage: Stage, first: str) -> None:
@@ -255,7 +255,7 @@ class TestOrders:
             import threading
             threads = [
                 threading.Thread(target=__import__, args=(name,))
-                for name in ("anomalib_twostage.torch_model", "anomalib.models", "anomalib_twostage.lightning_model")
+                for name in ("anomalib_twostage.model.torch_model", "anomalib.models", "anomalib_twostage")
             ]
             [thread.start() for thread in threads]
             [thread.join() for thread in threads]
@@ -428,11 +428,11 @@ class TestFace:
         "before",
         [
             "",
-            "import anomalib_twostage.slic",
-            "from anomalib_twostage.slic import Slic",
+            "import anomalib_twostage.superpixels.slic",
+            "from anomalib_twostage.superpixels.slic import Slic",
             "from anomalib_twostage import Slic",
-            "from anomalib_twostage import slic; import anomalib_twostage.slic",
-            "import importlib; importlib.import_module('anomalib_twostage.slic')",
+            "from anomalib_twostage import slic; import anomalib_twostage.superpixels.slic",
+            "import importlib; importlib.import_module('anomalib_twostage.superpixels.slic')",
         ],
     )
     def test_slic_is_the_function(self, stage: Stage, before: str) -> None:
@@ -442,7 +442,7 @@ class TestFace:
             from anomalib_twostage import slic
             import anomalib_twostage, sys, types
             assert type(slic) is types.FunctionType
-            assert anomalib_twostage.slic is slic is sys.modules["anomalib_twostage.slic"].slic
+            assert anomalib_twostage.superpixels.slic is slic is sys.modules["anomalib_twostage.superpixels.slic"].slic
             """
         )
 

@@ -12,7 +12,7 @@ from anomalib.metrics import AUPR, AUPRO, AUROC
 from anomalib.models import AnomalibModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_twostage.lightning_model import TwoStageSuperpixel
+from anomalib_twostage.model.lightning_model import TwoStageSuperpixel
 
 from .table import FINAL, METRICS
 

@@ -14,10 +14,10 @@ from torch.nn import functional
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from anomalib_twostage.color import rgb_to_lab
-from anomalib_twostage.precision import full_precision
-from anomalib_twostage.refiner import superpixel_mean
-from anomalib_twostage.slic import Slic
+from anomalib_twostage.common.precision import full_precision
+from anomalib_twostage.superpixels.color import rgb_to_lab
+from anomalib_twostage.superpixels.pooling import superpixel_mean
+from anomalib_twostage.superpixels.slic import Slic
 
 from .paint import draw_kinds, mix_paint, move, tint
 from .perlin import random_perlin_noise

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from anomalib_twostage.common.precision import full_precision
+
 from .color import rgb_to_lab
-from .precision import full_precision
 
 __all__ = ["Slic", "slic"]
 

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .precision import full_precision
-from .resize import antialiased_resize
+from anomalib_twostage.common.precision import full_precision
+from anomalib_twostage.common.resize import antialiased_resize
 
 __all__ = ["GoldenTemplate"]
 

@@ -11,9 +11,10 @@ from kornia.filters import GaussianBlur2d
 from torch import nn
 from torch.nn import functional
 
-from .precision import full_precision
+from anomalib_twostage.common.precision import full_precision
+from anomalib_twostage.superpixels.slic import Slic
+
 from .refiner import SuperpixelRefiner
-from .slic import Slic
 from .template import GoldenTemplate
 from .unet import UNet
 
@@ -297,12 +298,12 @@ def two_stage_superpixel_model(
         variant: ``"default"``, ``"small"`` (a quarter of the cost) or ``"paper"`` (two networks of DRAEM's
             discriminative shape, 23.3 M parameters together, with the hard gate).
         segment_size: Side of a superpixel in pixels.
-        compactness: Compactness of the superpixels; see :func:`~anomalib_twostage.slic.slic`.
+        compactness: Compactness of the superpixels; see :func:`~anomalib_twostage.superpixels.slic.slic`.
         in_channels: Channels of the images, 1 or 3.
         gate: How stage two's output enters the map; ``None`` takes the variant's own. See
             :class:`TwoStageSuperpixelModel`.
         template: Whether the networks see how far images are from a
-            :class:`~anomalib_twostage.template.GoldenTemplate`; ``None`` takes the variant's own.
+            :class:`~anomalib_twostage.model.template.GoldenTemplate`; ``None`` takes the variant's own.
         num_neighbors: Nearest good images that the template compares with, 0 for none.
         smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
             the variant's own, a quarter of the segment size or none.

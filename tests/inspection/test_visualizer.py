@@ -22,8 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_twostage import PseudoAnomaly, StageVisualizer, TwoStageSuperpixel, visualizer
-from anomalib_twostage.torch_model import StageMaps
-from anomalib_twostage.visualizer import heat_panel, image_panel, mask_panel, picture_grid
+from anomalib_twostage.inspection.visualizer import heat_panel, image_panel, mask_panel, picture_grid
+from anomalib_twostage.model.torch_model import StageMaps
 
 from .integration.conftest import SIZE, write_dataset
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from anomalib_twostage import PerlinAnomaly, SuperpixelAnomaly
-from anomalib_twostage.preview import draw_paint, main, read_images
+from anomalib_twostage.inspection.preview import draw_paint, main, read_images
 
 from .conftest import photograph
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
-from anomalib_twostage.regions import Box, Region, RegionWriter, find_regions, write_regions
+from anomalib_twostage.inspection.regions import Box, Region, RegionWriter, find_regions, write_regions
 
 
 def two_squares() -> torch.Tensor:

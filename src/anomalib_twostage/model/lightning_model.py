@@ -33,9 +33,10 @@ from torch import nn
 from torchvision.transforms.v2 import Normalize, Resize
 from tqdm import tqdm
 
-from .checkpoint import VerifiedCheckpointIO, check_checkpoint, refused
-from .loss import PaperLoss, SegmentationLoss
-from .pseudo_anomaly import (
+from anomalib_twostage.common.resize import exportable_transform
+from anomalib_twostage.inspection.threshold import MidwayPostProcessor
+from anomalib_twostage.inspection.visualizer import StageVisualizer
+from anomalib_twostage.pseudo_anomaly import (
     PerlinAnomaly,
     PseudoAnomaly,
     PseudoAnomalyTransform,
@@ -43,11 +44,11 @@ from .pseudo_anomaly import (
     imitate_faults,
     vary_illumination,
 )
+
+from .checkpoint import VerifiedCheckpointIO, check_checkpoint, refused
+from .loss import PaperLoss, SegmentationLoss
 from .quantization import quantize_networks_only
-from .resize import exportable_transform
-from .threshold import MidwayPostProcessor
 from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
-from .visualizer import StageVisualizer
 
 __all__ = ["TwoStageSuperpixel"]
 
@@ -81,8 +82,8 @@ class TwoStageSuperpixel(AnomalibModule):
         gate: ``"average"`` (stage two's map, zero outside the selected superpixels, is averaged with stage one's) or
             ``"hard"`` (stage two's alone, as published); ``None`` takes the variant's own.
         template: Whether the networks also see how far each pixel is from the good training images at the same place,
-            and from those nearest to the image (:class:`~anomalib_twostage.template.GoldenTemplate`); ``None`` takes
-            the variant's own.
+            and from those nearest to the image (:class:`~anomalib_twostage.model.template.GoldenTemplate`); ``None``
+            takes the variant's own.
         num_neighbors: Nearest good images that the template compares with, 0 for none.
         smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
             the variant's own: a quarter of the segment size, none for ``"paper"``.

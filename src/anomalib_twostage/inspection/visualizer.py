@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of the model's stages: of test and predicted images as files, of training examples in the logger."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image, ImageDraw, ImageFont
 from skimage.segmentation import find_boundaries
 
-from .resize import shows_whole_image
-from .torch_model import StageMaps, TwoStageSuperpixelModel
+from anomalib_twostage.common.resize import shows_whole_image
 
 if TYPE_CHECKING:
-    from .lightning_model import TwoStageSuperpixel
+    from anomalib_twostage.model.lightning_model import TwoStageSuperpixel
+    from anomalib_twostage.model.torch_model import StageMaps, TwoStageSuperpixelModel
 
 __all__ = ["StageVisualizer", "heat_panel", "image_panel", "mask_panel", "picture_grid"]
 
@@ -109,7 +111,7 @@ class StageVisualizer(Visualizer):
             TypeError: If the model has no stages.
             OSError: If the output folder cannot be written.
         """
-        if not isinstance(getattr(pl_module, "model", None), TwoStageSuperpixelModel):
+        if not hasattr(getattr(pl_module, "model", None), "stages"):
             msg = (
                 f"StageVisualizer draws the stages of TwoStageSuperpixel, and {type(pl_module).__name__} has none: "
                 "use anomalib.visualization.ImageVisualizer."
@@ -126,7 +128,7 @@ class StageVisualizer(Visualizer):
         if self.log_examples and isinstance(outputs, Mapping) and _image_loggers(trainer):
             self._example = (batch.image, outputs["painted"], outputs["mask"])
 
-    def on_validation_end(self, trainer: Trainer, pl_module: "TwoStageSuperpixel") -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: Trainer, pl_module: TwoStageSuperpixel) -> None:  # type: ignore[override]
         """Show the painted examples of the last training batch in the loggers."""
         example, self._example = self._example, None
         if example is None or trainer.state.fn is not TrainerFn.FITTING:
@@ -139,7 +141,7 @@ class StageVisualizer(Visualizer):
     def on_test_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
-        pl_module: "TwoStageSuperpixel",
+        pl_module: TwoStageSuperpixel,
         outputs: Any,
         batch: Batch,
         batch_idx: int,
@@ -172,7 +174,7 @@ class StageVisualizer(Visualizer):
     def on_predict_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
-        pl_module: "TwoStageSuperpixel",
+        pl_module: TwoStageSuperpixel,
         outputs: Any,
         batch: Batch,
         batch_idx: int,

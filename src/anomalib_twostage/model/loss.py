@@ -7,7 +7,7 @@ from kornia.metrics import ssim
 from torch import nn
 from torch.nn import functional
 
-from .precision import full_precision
+from anomalib_twostage.common.precision import full_precision
 
 __all__ = ["PaperLoss", "SegmentationLoss"]
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_module_registration_hook
 from torchvision.transforms.v2 import Normalize
 
-from .refiner import superpixel_mean
+from .pooling import superpixel_mean
 from .slic import Slic
 
 __all__ = ["SuperpixelPostProcessor"]
@@ -46,7 +46,7 @@ class SuperpixelPostProcessor(PostProcessor):
 
     Args:
         segment_size: Side of a superpixel in pixels.
-        compactness: Compactness of the superpixels; see :func:`~anomalib_twostage.slic.slic`.
+        compactness: Compactness of the superpixels; see :func:`~anomalib_twostage.superpixels.slic.slic`.
         blend: Share of the superpixel average in the refined map, above 0 and up to 1; the rest is the model's map.
         **kwargs: Arguments of anomalib's ``PostProcessor``.
 

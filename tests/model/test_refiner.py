@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from anomalib_twostage import SuperpixelRefiner
-from anomalib_twostage.refiner import superpixel_mean
+from anomalib_twostage.superpixels.pooling import superpixel_mean
 
 
 def two_halves(height: int = 16, width: int = 32) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, ToDtype
 
-from anomalib_twostage.resize import AntialiasedResize, exportable_transform
+from anomalib_twostage.common.resize import AntialiasedResize, exportable_transform
 
 
 @pytest.mark.parametrize("old", [(300, 200), (129, 64), (64, 63), (50, 61), (2, 700)])

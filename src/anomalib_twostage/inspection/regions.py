@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from skimage.measure import label, regionprops
 
-from .resize import shows_whole_image
+from anomalib_twostage.common.resize import shows_whole_image
 
 __all__ = ["Box", "Region", "RegionWriter", "find_regions", "write_regions"]
 

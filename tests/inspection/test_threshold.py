@@ -5,7 +5,7 @@ from anomalib.data import ImageBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from sklearn.metrics import f1_score
 
-from anomalib_twostage.threshold import MidwayF1Threshold, MidwayPostProcessor
+from anomalib_twostage.inspection.threshold import MidwayF1Threshold, MidwayPostProcessor
 
 FIELDS = ["pred_score", "gt_label"]
 

@@ -64,7 +64,7 @@ def register() -> None:
     Safe to call any number of times. Never raises: a failure is reported by one warning.
 
     Example:
-        >>> from anomalib_twostage.plugin import register
+        >>> from anomalib_twostage_plugin import register
         >>> register()
     """
     if not _waiting:
@@ -86,7 +86,7 @@ def _add_model(models: ModuleType) -> None:
     # The import alone is enough for the command line, list_models() and get_model("two_stage_superpixel"), which go
     # through the subclasses of AnomalibModule. A class path without dots is looked up in anomalib.models.
     vars(models).setdefault("TwoStageSuperpixel", import_module(_FACE).TwoStageSuperpixel)
-    allowed_modules.update({_FACE, f"{_FACE}.lightning_model"})
+    allowed_modules.update({_FACE, f"{_FACE}.model.lightning_model"})
 
 
 # What is still to be added, by the module it has to wait for.

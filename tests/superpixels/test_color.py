@@ -5,7 +5,7 @@ import torch
 from kornia.color import rgb_to_lab as kornia_rgb_to_lab
 from skimage.color import rgb2lab
 
-from anomalib_twostage.color import rgb_to_lab
+from anomalib_twostage.superpixels.color import rgb_to_lab
 
 from .conftest import photograph, to_tensor
 

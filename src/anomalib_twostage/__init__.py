@@ -25,6 +25,7 @@ from anomalib_twostage_plugin import register
 
 from .data import SampleTextures
 from .inspection.regions import Region, RegionWriter, find_regions, write_regions
+from .inspection.threshold import MidwayPostProcessor
 from .inspection.visualizer import StageVisualizer
 from .model.lightning_model import TwoStageSuperpixel
 from .model.loss import PaperLoss, SegmentationLoss
@@ -38,6 +39,7 @@ from .superpixels.slic import Slic, slic
 
 __all__ = [
     "GoldenTemplate",
+    "MidwayPostProcessor",
     "PaperLoss",
     "PerlinAnomaly",
     "PseudoAnomaly",

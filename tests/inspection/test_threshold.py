@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.cli import AnomalibCLI
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from sklearn.metrics import f1_score
 
+from anomalib_twostage.inspection.good_images import good_image_threshold
 from anomalib_twostage.inspection.threshold import MidwayF1Threshold, MidwayPostProcessor
 
 FIELDS = ["pred_score", "gt_label"]
@@ -60,3 +64,110 @@ def test_rounding_moves_no_label() -> None:
         processor.post_process_batch(shifted)
         assert shifted.pred_label.tolist() == [False, False, True, True]
         assert shifted.pred_mask.flatten().tolist() == [False, False, True, True]
+
+
+def validate(processor: MidwayPostProcessor, scores: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+    """Show scores to a post-processor as a validation of images of 2 x 2 pixels, which peak at half their score.
+
+    There are no masks, as in a folder of good images.
+    """
+    labels = torch.zeros(len(scores)).int() if labels is None else labels
+    for some, their in zip(scores.split(8), labels.split(8), strict=True):
+        result = batch(some, their)
+        result.anomaly_map = torch.stack([some / 8, some / 4, some / 2, some / 8], dim=1).view(-1, 1, 2, 2)
+        processor.on_validation_batch_end(None, None, result)
+    processor.on_validation_epoch_end(None, None)
+
+
+class TestGoodImagesAlone:
+    @pytest.mark.parametrize(("count", "rate"), [(30, 0.1), (30, 0.01), (99, 0.01), (150, 0.05), (7, 0.5), (1, 0.3)])
+    def test_fresh_good_images_are_called_defective_as_seldom_as_was_asked_for(self, count: int, rate: float) -> None:
+        # Of uniform scores a share of 1 - t lies above t. By exchangeability it is at most the rate in the mean, and
+        # what n images can tell comes in steps of 1 / (n + 1).
+        draws = torch.rand(3000, count, generator=torch.Generator().manual_seed(1))
+        alarms = torch.stack([1 - good_image_threshold(scores, rate) for scores in draws])
+        error = 4 * float(alarms.std()) / len(draws) ** 0.5
+        step = 1 / (count + 1)
+        assert float(alarms.mean()) <= max(rate, step) + error
+        assert float(alarms.mean()) >= max(rate, step) - step - error
+
+    def test_it_stands_between_two_scores(self) -> None:
+        scores = torch.tensor([0.1, 0.2, 0.2, 0.3, 0.3, 0.3, 0.5, 0.9, 0.4])
+        assert float(good_image_threshold(scores, 0.2)) == pytest.approx(0.7)
+        assert float(good_image_threshold(scores, 0.5)) == pytest.approx(0.35)
+        assert float(good_image_threshold(scores, 0.1)) == pytest.approx(0.9)  # 9 images: none may be above
+
+    def test_images_and_masks_alarm_equally_seldom(self) -> None:
+        scores = torch.linspace(0.01, 0.4, 40)[torch.randperm(40)]
+        processor = MidwayPostProcessor(false_alarm_rate=0.1)
+        validate(processor, scores)
+        result = batch(scores, torch.zeros(40).int())
+        result.anomaly_map = torch.stack([scores / 8, scores / 2], dim=1).view(-1, 1, 1, 2)
+        processor.post_process_batch(result)
+        alarms = scores > scores.sort().values[36]  # 4 of 41 may alarm, and one of these is the next image
+        assert result.pred_label.tolist() == alarms.tolist()
+        assert result.pred_mask.flatten(1).any(dim=1).tolist() == alarms.tolist()
+        assert processor.num_good_images == 40
+
+    def test_clear_defects_keep_their_order(self) -> None:
+        processor = MidwayPostProcessor()
+        validate(processor, torch.linspace(0.1, 0.2, 20))
+        defects = torch.tensor([0.3, 0.6, 0.9, 1.0])
+        result = batch(torch.cat([torch.tensor([0.0]), defects]), torch.tensor([0, 1, 1, 1, 1]))
+        result.anomaly_map = result.pred_score.clone().view(5, 1, 1, 1)
+        processor.post_process_batch(result)
+        assert (result.pred_score.diff() > 0.01).all()
+        assert (result.anomaly_map.flatten().diff() > 0.01).all()
+        assert result.pred_label.tolist() == [False, True, True, True, True]
+
+    def test_defective_images_bring_the_best_f1_back(self) -> None:
+        scores, labels = torch.tensor([0.1, 0.2, 0.6, 0.9]), torch.tensor([0, 0, 1, 1])
+        processor = MidwayPostProcessor()
+        validate(processor, torch.linspace(0.5, 0.8, 20))
+        validate(processor, scores, labels)
+        assert float(processor.image_threshold) == pytest.approx(0.4)
+        assert processor.num_good_images == 0
+
+    def test_the_log_says_what_so_few_images_can_tell_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        processor = MidwayPostProcessor(false_alarm_rate=0.01)
+        with caplog.at_level("INFO"):
+            for _ in range(2):
+                validate(processor, torch.rand(30))
+        (message,) = caplog.messages
+        assert re.search(r"30 good.*rates below 3\.2 %.*1 %.*99 good", message)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            validate(processor, torch.rand(120))
+        (message,) = caplog.messages
+        assert re.search(r"120 good.*at most 1 %", message)
+
+    def test_images_without_a_number_are_left_out(self) -> None:
+        processor = MidwayPostProcessor(false_alarm_rate=0.1)
+        validate(processor, torch.cat([torch.linspace(0.01, 0.2, 20), torch.tensor([float("nan")])]))
+        assert float(processor.image_threshold) == pytest.approx(0.195)
+
+    def test_a_model_made_from_the_state_and_settings_decides_alike(self) -> None:
+        trained, loaded = MidwayPostProcessor(false_alarm_rate=0.1), MidwayPostProcessor()
+        validate(trained, torch.rand(40))
+        loaded.load_state_dict(trained.state_dict())
+        loaded.load_checkpoint_config(trained.checkpoint_config())
+        assert (loaded.false_alarm_rate, loaded.num_good_images) == (0.1, 40)
+        predictions = InferenceBatch(pred_score=torch.rand(20), anomaly_map=torch.rand(20, 1, 4, 4))
+        for ours, theirs in zip(trained(predictions), loaded(predictions), strict=True):
+            assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 2.0, float("nan")])
+    def test_rates_out_of_range_are_refused(self, rate: float) -> None:
+        with pytest.raises(ValueError, match=f"false_alarm_rate must be above 0 and below 1, got {rate}"):
+            MidwayPostProcessor(false_alarm_rate=rate)
+
+    def test_the_command_line_names_a_rate(self) -> None:
+        cli = AnomalibCLI(
+            args=[
+                *("fit", "--model", "TwoStageSuperpixel"),
+                *("--model.post_processor", "anomalib_twostage.MidwayPostProcessor"),
+                *("--model.post_processor.false_alarm_rate", "0.02", "--data", "MVTecAD"),
+            ],
+            run=False,
+        )
+        assert cli.model.post_processor.false_alarm_rate == 0.02

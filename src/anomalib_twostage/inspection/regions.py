@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from skimage.measure import label, regionprops
 
 from anomalib_twostage.common.resize import shows_whole_image
+
+from .prediction_reader import PredictionReader
 
 __all__ = ["Box", "Region", "RegionWriter", "find_regions", "write_regions"]
 
@@ -147,7 +149,7 @@ def write_regions(regions: Iterable[Region], path: str | Path) -> None:
         raise OSError(msg) from error
 
 
-class RegionWriter(Callback):
+class RegionWriter(PredictionReader):
     """Writes the defects of all tested or predicted images to one file per run.
 
     The file lies in the run's folder, beside the pictures: ``regions_test.csv`` after ``anomalib test`` or ``train``,
@@ -187,81 +189,32 @@ class RegionWriter(Callback):
         self.file_format = file_format
         self.output_dir = output_dir
         self._regions: list[Region] = []
-        # Lightning calls the callbacks of the trainer before those of the model, among them the post-processor, which
-        # changes the batch in place. So a batch is read when the next one starts.
-        self._waiting: Any = None
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start an empty list."""
-        del trainer, pl_module
-        self._regions, self._waiting = [], None
+        del trainer, pl_module, stage
+        self._regions = []
 
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start an empty list."""
-        self.on_test_epoch_start(trainer, pl_module)
-
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Read the batch before, now that it is post-processed.
+    def read(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Add the regions of a batch.
 
         Raises:
             ValueError: If it has no anomaly map, or neither mask nor threshold.
         """
-        del trainer, args, kwargs
-        self._read_waiting(pl_module)
-
-    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Read the batch before, now that it is post-processed.
-
-        Raises:
-            ValueError: If it has no anomaly map, or neither mask nor threshold.
-        """
-        del trainer, args, kwargs
-        self._read_waiting(pl_module)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Keep the batch until it is post-processed."""
-        del trainer, pl_module, args, kwargs
-        self._waiting = outputs
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Keep the batch until it is post-processed."""
-        del trainer, pl_module, args, kwargs
-        self._waiting = outputs
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``regions_test``.
-
-        Raises:
-            ValueError: If the last batch has no anomaly map, or neither mask nor threshold.
-            OSError: If the file cannot be written.
-        """
-        self._finish(trainer, pl_module, "test")
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``regions_predict``.
-
-        Raises:
-            ValueError: If the last batch has no anomaly map, or neither mask nor threshold.
-            OSError: If the file cannot be written.
-        """
-        self._finish(trainer, pl_module, "predict")
-
-    def _read_waiting(self, pl_module: LightningModule) -> None:
-        batch, self._waiting = self._waiting, None
-        if batch is None:
-            return
+        del trainer
         sizes = None
         paths = getattr(batch, "image_path", None)
         if paths and shows_whole_image(getattr(getattr(pl_module, "pre_processor", None), "transform", None)):
             sizes = [_file_size(path) for path in paths]
         self._regions += find_regions(batch, threshold=self.threshold, min_area=self.min_area, image_sizes=sizes)
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._read_waiting(pl_module)
+    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``regions_test`` or ``regions_predict``.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        del pl_module
         regions = self._regions
         if trainer.world_size > 1:
             shares: list[Any] = [None] * trainer.world_size

@@ -8,7 +8,7 @@ import pytest
 from anomalib.data import Folder, PredictDataset
 from PIL import Image
 
-from .test_lightning_model import make_engine, make_model
+from tests.model.test_lightning_model import make_engine, make_model
 
 NAMES = ["a b.png", "größe 日本.png", "new\nline.png", "-dash.png", "'\".png", "%s {x}.png", "$HOME;x.png"]
 

@@ -10,9 +10,8 @@ from lightning.pytorch import Callback, seed_everything
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.model.loss import PaperLoss, SegmentationLoss
 from anomalib_twostage.model.torch_model import two_stage_superpixel_model
-
-from .integration.conftest import write_dataset
-from .test_lightning_model import make_data, make_engine, make_model
+from tests.integration.conftest import write_dataset
+from tests.model.test_lightning_model import make_data, make_engine, make_model
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from PIL import Image
 
 from anomalib_twostage import PerlinAnomaly, SuperpixelAnomaly
 from anomalib_twostage.inspection.preview import draw_paint, main, read_images
-
-from .conftest import photograph
+from tests.conftest import photograph
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from scipy import ndimage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from anomalib_twostage import PseudoAnomaly, StageVisualizer, TwoStageSuperpixel, visualizer
+from anomalib_twostage import PseudoAnomaly, StageVisualizer, TwoStageSuperpixel
+from anomalib_twostage.inspection import visualizer
 from anomalib_twostage.inspection.visualizer import heat_panel, image_panel, mask_panel, picture_grid
 from anomalib_twostage.model.torch_model import StageMaps
-
-from .integration.conftest import SIZE, write_dataset
+from tests.integration.conftest import SIZE, write_dataset
 
 TITLES = ["image", "ground truth", "stage one", "superpixels", "refined image", "final map"]
 

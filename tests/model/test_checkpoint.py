@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.model.checkpoint import VerifiedCheckpointIO, check_checkpoint
+from tests.integration.conftest import write_dataset
 
-from .integration.conftest import write_dataset
 from .test_lightning_model import make_data, make_engine, make_model
 
 

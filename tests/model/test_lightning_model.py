@@ -16,8 +16,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_twostage import PerlinAnomaly, PseudoAnomaly, SuperpixelAnomaly, TwoStageSuperpixel
-
-from .integration.conftest import SIZE, write_dataset
+from tests.integration.conftest import SIZE, write_dataset
 
 BATCHES = 3  # 6 images in batches of 2
 

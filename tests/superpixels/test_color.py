@@ -6,8 +6,7 @@ from kornia.color import rgb_to_lab as kornia_rgb_to_lab
 from skimage.color import rgb2lab
 
 from anomalib_twostage.superpixels.color import rgb_to_lab
-
-from .conftest import photograph, to_tensor
+from tests.conftest import photograph, to_tensor
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "camera"])

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 
 from anomalib_twostage import SuperpixelPostProcessor, slic
-
-from .conftest import photograph, to_tensor
+from tests.conftest import photograph, to_tensor
 
 SIDE = 48
 IMAGENET = Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])

@@ -10,8 +10,7 @@ from skimage.color import rgb2lab
 from skimage.draw import polygon
 
 from anomalib_twostage import Slic, slic
-
-from .conftest import photograph, to_tensor
+from tests.conftest import photograph, to_tensor
 
 # Sides that 8, 12 and 16 divide, so that scikit-image starts from the very same number of segments.
 SIDE = 240

@@ -17,6 +17,8 @@ from anomalib.data.utils.image import is_image_file
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
+from anomalib_twostage.common.bit_depth import refuse_deep_image
+from anomalib_twostage.common.spacing import evenly_spaced
 from anomalib_twostage.pseudo_anomaly import PerlinAnomaly, PseudoAnomalyTransform, SuperpixelAnomaly
 
 from .visualizer import heat_panel, image_panel, mask_panel, picture_grid
@@ -50,8 +52,7 @@ def read_images(folder: str | Path, image_size: tuple[int, int] = (256, 256), co
     if not paths:
         msg = f"The folder {folder} holds no image that anomalib reads, such as .png, .jpg, .bmp or .tif."
         raise FileNotFoundError(msg)
-    count = min(count, len(paths))
-    return torch.stack([_read(paths[i * len(paths) // count], image_size) for i in range(count)])
+    return torch.stack([_read(paths[index], image_size) for index in evenly_spaced(len(paths), count)])
 
 
 def draw_paint(
@@ -139,9 +140,7 @@ def _preview(options: argparse.Namespace) -> dict[str, torch.Tensor]:
 def _read(path: Path, image_size: tuple[int, int]) -> torch.Tensor:
     try:
         with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                msg = f"{path} has more than 8 bits a channel (PIL mode {file.mode!r}): convert it to 8 bits."
-                raise ValueError(msg)
+            refuse_deep_image(file, path)
             image = transforms.to_dtype(transforms.to_image(file.convert("RGB")), torch.float32, scale=True)
     except (OSError, SyntaxError) as error:
         msg = f"Cannot read {path} as an image: repair it or take it out of the folder."

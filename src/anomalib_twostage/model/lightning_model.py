@@ -12,7 +12,8 @@ import copy
 import math
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +29,12 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
-from PIL import Image
 from torch import nn
-from torchvision.transforms.v2 import Normalize, Resize
+from torchvision.transforms.v2 import Resize
 from tqdm import tqdm
 
 from anomalib_twostage.common.resize import exportable_transform
+from anomalib_twostage.common.spacing import evenly_spaced
 from anomalib_twostage.inspection.threshold import MidwayPostProcessor
 from anomalib_twostage.inspection.visualizer import StageVisualizer
 from anomalib_twostage.pseudo_anomaly import (
@@ -46,6 +47,7 @@ from anomalib_twostage.pseudo_anomaly import (
 )
 
 from .checkpoint import VerifiedCheckpointIO, check_checkpoint, refused
+from .checks import FileCheck, check_fraction, check_precision, check_size, check_values, refuse_normalization
 from .loss import PaperLoss, SegmentationLoss
 from .quantization import quantize_networks_only
 from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
@@ -59,10 +61,8 @@ _PAINTERS: dict[str, type[PseudoAnomalyTransform]] = {
     "superpixel": SuperpixelAnomaly,
 }
 _WARM_UP = 0.05  # share of each stage's steps over which the learning rate rises
-_DEEP_SUFFIXES = {".png", ".tif", ".tiff"}
 _FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
 _TEMPLATE_IMAGES = 500  # more change the statistics little
-_OVERSHOOT = 0.1  # resizing may leave [0, 1] by this much; normalised images leave it by more
 
 
 class TwoStageSuperpixel(AnomalibModule):
@@ -137,8 +137,8 @@ class TwoStageSuperpixel(AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self._check_fraction("stage_one_fraction", stage_one_fraction, include_one=False)
-        self._check_fraction("paint_probability", paint_probability, include_one=True)
+        check_fraction("stage_one_fraction", stage_one_fraction, include_one=False)
+        check_fraction("paint_probability", paint_probability, include_one=True)
         if not learning_rate > 0:
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
@@ -172,7 +172,7 @@ class TwoStageSuperpixel(AnomalibModule):
         self.last_stages: StageMaps | None = None
         self._images_come_painted = False
         self._random_state: dict[str, Any] | None = None
-        self._seen_paths: set[str] = set()
+        self._files = FileCheck()
         if self.input_size is not None:
             self._check_size(*self.input_size)
 
@@ -185,18 +185,13 @@ class TwoStageSuperpixel(AnomalibModule):
             FileNotFoundError: If the texture folder is missing or empty.
         """
         if self.pre_processor:
-            if extract_transforms_by_type(self.pre_processor.transform, Normalize):
-                msg = "TwoStageSuperpixel reads images in [0, 1]: take Normalize out of the pre-processor."
-                raise ValueError(msg)
+            refuse_normalization(self.pre_processor.transform)
             if self.input_size is not None:
                 self._check_size(*self.input_size)
-        precision = str(self.trainer.precision)
-        if precision.endswith("-true") and precision != "32-true":
-            msg = (
-                f"precision {precision!r} is not supported, because anomalib leaves its images in float32: "
-                "take '32-true', '16-mixed' or 'bf16-mixed'."
-            )
-            raise ValueError(msg)
+        check_precision(str(self.trainer.precision))
+        # Lightning tells every user with a datamodule that the model checks batches before their transfer.
+        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
+        self._files.join(getattr(self.trainer, "datamodule", None))
         strategy = self.trainer.strategy
         if isinstance(strategy.checkpoint_io, TorchCheckpointIO):
             strategy.checkpoint_io = VerifiedCheckpointIO(strategy.checkpoint_io)
@@ -211,6 +206,7 @@ class TwoStageSuperpixel(AnomalibModule):
         if stage == "fit":
             self.painter = None
         self.last_stages = None
+        self._files.leave(getattr(self.trainer, "datamodule", None))
         strategy = self.trainer.strategy
         if isinstance(strategy.checkpoint_io, VerifiedCheckpointIO):
             strategy.checkpoint_io = strategy.checkpoint_io.checkpoint_io
@@ -225,6 +221,18 @@ class TwoStageSuperpixel(AnomalibModule):
             torch.manual_seed((torch.initial_seed() + done + self.global_rank) % 2**63)
         if self.model.template is not None and self.trainer.global_step == 0:  # a resumed run has it already
             self.model.template.fit(self._good_images(dataset))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the images while they are in the host's memory, so that no step waits for the device.
+
+        Raises:
+            ValueError: If images hold NaN, are not in [0, 1], or come from files of more than 8 bits a channel.
+        """
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, ImageBatch) and isinstance(batch.image, torch.Tensor):
+            check_values(batch.image, batch.image_path or [])
+            self._files.check_batch(batch)
+        return batch
 
     def on_fit_start(self) -> None:
         """Continue the random numbers of a resumed run, if the optimiser was configured elsewhere."""
@@ -248,10 +256,9 @@ class TwoStageSuperpixel(AnomalibModule):
             The ``loss``, and what it was taken on: ``painted`` images ``(B, 3, H, W)`` and ``mask`` ``(B, 1, H, W)``.
 
         Raises:
-            ValueError: If the images hold NaN, are not in [0, 1], or come from files of more than 8 bits a channel.
+            ValueError: If the images are too small.
         """
         del args, kwargs
-        self._check_batch(batch)
         images, mask = self._painted(batch)
         logits = self.model.stage_one(self.model.seen(images))
         if self.model.stage == 2:
@@ -404,8 +411,8 @@ class TwoStageSuperpixel(AnomalibModule):
 
     def _detect(self, batch: Batch) -> STEP_OUTPUT:
         """Do what the model's forward does, and keep the stages."""
-        self._check_batch(batch)
         assert isinstance(batch.image, torch.Tensor)
+        self._check_size(*batch.image.shape[-2:])
         self.last_stages = stages = self.model.stages(batch.image)
         return batch.update(anomaly_map=stages.anomaly_map, pred_score=self.model.score(stages.anomaly_map))
 
@@ -445,6 +452,7 @@ class TwoStageSuperpixel(AnomalibModule):
         assert isinstance(batch, ImageBatch)
         assert isinstance(batch.image, torch.Tensor)
         images, mask = batch.image, batch.gt_mask
+        self._check_size(*images.shape[-2:])
         if mask is not None and (self._images_come_painted or bool(mask.any())):
             return images, mask.reshape(len(images), 1, *images.shape[-2:]).to(images.dtype)
         assert self.painter is not None  # made in setup
@@ -456,64 +464,21 @@ class TwoStageSuperpixel(AnomalibModule):
         if hasattr(plain, "augmentations"):
             plain.augmentations = None
         transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
-        count = min(len(plain), _TEMPLATE_IMAGES)
-        for i in tqdm(range(count), desc="Golden template", leave=False, disable=None):
-            item = plain[i * len(plain) // count]
+        places = evenly_spaced(len(plain), _TEMPLATE_IMAGES)
+        for index in tqdm(places, desc="Golden template", leave=False, disable=None):
+            item = plain[index]
             image = item.image if transform is None else transform(item.image)
-            self._check_images(image, [item.image_path] if item.image_path else [])
+            self._check_size(*image.shape[-2:])
+            paths = [item.image_path] if item.image_path else []
+            check_values(image, paths)
+            self._files.check(paths)
             yield image
 
     def _check_size(self, height: int, width: int) -> None:
-        smallest = self.model.stage_one.minimum_size
-        if min(height, width) < smallest:
-            msg = (
-                f"Images of {height} x {width} pixels are too small for variant {self.variant!r}: "
-                f"the pre-processor must resize to at least {smallest} x {smallest}."
-            )
-            raise ValueError(msg)
-        if self.model.slic.segment_size > min(height, width):
-            msg = (
-                f"segment_size ({self.model.slic.segment_size} pixels) is larger than the image "
-                f"({height} x {width}): choose it well below the shorter side."
-            )
-            raise ValueError(msg)
-
-    def _check_batch(self, batch: Batch) -> None:
-        assert isinstance(batch, ImageBatch)
-        assert isinstance(batch.image, torch.Tensor)
-        self._check_images(batch.image, batch.image_path or [])
-
-    def _check_images(self, images: torch.Tensor, paths: list[str]) -> None:
-        self._check_size(*images.shape[-2:])
-        low, high = (float(value) for value in images.detach().float().aminmax())
-        if math.isnan(low) or math.isnan(high):
-            msg = f"The batch holds NaN pixels; check these images and the augmentations: {paths}."
-            raise ValueError(msg)
-        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
-            msg = (
-                f"TwoStageSuperpixel reads images in [0, 1], got values from {low:.3g} to {high:.3g}: "
-                "take normalisation out of the augmentations and the pre-processor, and scale integers to [0, 1]."
-            )
-            raise ValueError(msg)
-        self._refuse_deep_images(paths)
-
-    def _refuse_deep_images(self, paths: Iterable[str]) -> None:
-        """Refuse files of 16 and more bits a channel: anomalib clips them at 255 and would hand over white images."""
-        for path in {path for path in paths if Path(path).suffix.lower() in _DEEP_SUFFIXES} - self._seen_paths:
-            self._seen_paths.add(path)
-            if not Path(path).is_file():
-                continue  # made by the datamodule, not read from disk
-            with Image.open(path) as image:
-                mode = image.mode
-            if mode.startswith(("I", "F")):
-                msg = (
-                    f"{path} has more than 8 bits a channel (PIL mode {mode!r}), which anomalib reads as clipped at "
-                    "255: convert the images to 8 bits, scaled to their real range."
-                )
-                raise ValueError(msg)
-
-    @staticmethod
-    def _check_fraction(name: str, value: float, *, include_one: bool) -> None:
-        if not (0 < value < 1 or (include_one and value == 1)):
-            msg = f"{name} must be above 0 and {'at most' if include_one else 'below'} 1, got {value}."
-            raise ValueError(msg)
+        check_size(
+            height,
+            width,
+            smallest=self.model.stage_one.minimum_size,
+            segment_size=self.model.slic.segment_size,
+            variant=self.variant,
+        )

@@ -10,6 +10,9 @@ from PIL import Image
 from skimage import data as photographs
 from torchvision.transforms.v2 import functional as transforms
 
+from anomalib_twostage.common.bit_depth import has_deep_channels
+from anomalib_twostage.common.spacing import evenly_spaced
+
 __all__ = ["builtin_textures", "folder_textures"]
 
 logger = logging.getLogger(__name__)
@@ -36,7 +39,7 @@ def _square(image: torch.Tensor) -> torch.Tensor:
 
 def _read_rgb(image: Image.Image) -> np.ndarray:
     """Pixels as uint8 ``(H, W, 3)``; Pillow alone would clip 16 bits and floating point at 255."""
-    if image.mode.startswith(("I", "F")):
+    if has_deep_channels(image):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
         # Integers fill their 16 bits; for floating point the picture itself has to tell what white is.
         highest = grey.max()
@@ -83,10 +86,8 @@ def folder_textures(folder: str | Path) -> torch.Tensor:
         msg = f"The texture folder {str(folder)!r} does not exist; give a folder of images or leave it out."
         raise FileNotFoundError(msg)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if len(paths) > _MAX_TEXTURES:
-        paths = [paths[i * len(paths) // _MAX_TEXTURES] for i in range(_MAX_TEXTURES)]
     images = []
-    for path in paths:
+    for path in (paths[index] for index in evenly_spaced(len(paths), _MAX_TEXTURES)):
         try:
             with Image.open(path) as image:
                 array = _read_rgb(image)

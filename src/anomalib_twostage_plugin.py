@@ -3,15 +3,16 @@
 
 anomalib has no plugin mechanism, but nothing in it works before ``import torch``, and PyTorch calls the entry points
 of the group ``torch.backends`` at the end of that import. :func:`register` is such an entry point. It only starts to
-watch; nothing of anomalib or of this package's model is imported until the program itself imports ``anomalib.models``
+watch; nothing of anomalib or of ``anomalib_twostage`` is imported until the program itself imports ``anomalib.models``
 or ``anomalib.data``:
 
 1. A meta path finder, which never finds anything, notices the first import below ``anomalib``.
 2. The import system binds every submodule on its package once that submodule has finished loading. While waiting,
    ``anomalib`` therefore has a module class that notices new attributes. No loader or spec is touched, and it also
    works when torch is first imported by a half-loaded ``anomalib.models``.
-3. When ``anomalib.models`` (``anomalib.data``) is bound, the model (datamodule) is added to it, and once both are
-   there the finder and the class are taken away again.
+3. When one of the two is bound and no other part of anomalib is half loaded, ``anomalib_twostage`` is imported. Its
+   last line calls :func:`register` again, which now adds the model and the datamodule to anomalib, and takes the
+   finder and the class away.
 
 Whatever goes wrong, the import that is running must not fail: the plugin warns once and steps aside.
 
@@ -30,22 +31,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["WatchedPackage", "register"]
+__all__ = ["register"]
 
 _FACE = "anomalib_twostage"
+_WAITED_FOR = ("data", "models")  # parts of anomalib that look up names
+
+_stepped_aside = False
 
 
-class WatchedPackage(ModuleType):
-    """Class for a package whose finished submodules may be what the registration waits for."""
+def register() -> None:
+    """Add the model and the datamodule to anomalib, now or as soon as anomalib is imported.
 
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, ModuleType):
-            _register_loaded()
+    Safe to call any number of times. Never raises: a failure is reported by one warning.
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        """Pickle by name: cloudpickle does that for plain modules only."""
-        return import_module, (self.__name__,)
+    Example:
+        >>> from anomalib_twostage_plugin import register
+        >>> register()
+    """
+    if _stepped_aside:
+        return
+    face = sys.modules.get(_FACE)
+    if face is not None and hasattr(face, "SampleTextures") and hasattr(face, "TwoStageSuperpixel"):
+        _add(face)
+        return
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+    _watch()
+    _import_face()  # if anomalib was there before
 
 
 class _Finder:
@@ -58,50 +70,25 @@ class _Finder:
             _watch()
 
 
-def register() -> None:
-    """Add the model and the datamodule to anomalib, now or as soon as anomalib is imported.
+class _WatchedPackage(ModuleType):
+    """Class for the package ``anomalib``, whose finished submodules the registration waits for."""
 
-    Safe to call any number of times. Never raises: a failure is reported by one warning.
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, ModuleType):
+            _import_face()
 
-    Example:
-        >>> from anomalib_twostage_plugin import register
-        >>> register()
-    """
-    if not _waiting:
-        return
-    if _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
-    _watch()
-    _register_loaded()
-
-
-def _add_datamodule(data: ModuleType) -> None:
-    # get_datamodule() looks in anomalib.data, the command line among the subclasses of AnomalibDataModule.
-    vars(data).setdefault("SampleTextures", import_module(_FACE).SampleTextures)
-
-
-def _add_model(models: ModuleType) -> None:
-    # An anomalib without this whitelist is not one this package knows, so ask for it before importing the model.
-    allowed_modules = models.ALLOWED_MODULES
-    # The import alone is enough for the command line, list_models() and get_model("two_stage_superpixel"), which go
-    # through the subclasses of AnomalibModule. A class path without dots is looked up in anomalib.models.
-    vars(models).setdefault("TwoStageSuperpixel", import_module(_FACE).TwoStageSuperpixel)
-    allowed_modules.update({_FACE, f"{_FACE}.model.lightning_model"})
-
-
-# What is still to be added, by the module it has to wait for.
-_waiting: dict[str, Callable[[ModuleType], None]] = {
-    "anomalib.data": _add_datamodule,
-    "anomalib.models": _add_model,
-}
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        """Pickle by name: cloudpickle does that for plain modules only."""
+        return import_module, (self.__name__,)
 
 
 def _watch() -> None:
     package = sys.modules.get("anomalib")
-    if isinstance(package, WatchedPackage) or not isinstance(package, ModuleType):
+    if isinstance(package, _WatchedPackage) or not isinstance(package, ModuleType):
         return
     if type(package) is ModuleType:
-        package.__class__ = WatchedPackage
+        package.__class__ = _WatchedPackage
     else:
         msg = f"the module anomalib is a {type(package).__name__}"
         _step_aside(TypeError(msg))
@@ -111,44 +98,50 @@ def _stop_watching() -> None:
     # A new list, because an import may be going through the old one right now.
     sys.meta_path = [finder for finder in sys.meta_path if finder is not _Finder]
     package = sys.modules.get("anomalib")
-    if isinstance(package, WatchedPackage):
+    if isinstance(package, _WatchedPackage):
         package.__class__ = ModuleType  # type: ignore[assignment]
 
 
-def _is_loading(name: str) -> bool:
-    # Private, but there is no public way to ask. Should it go, a half-loaded module ends in the warning, no worse.
-    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
+def _import_face() -> None:
+    """Import the face, which registers, if anomalib is ready for it and nobody imports it already."""
+    package = sys.modules.get("anomalib")
+    if package is None or _FACE in sys.modules:
+        return
+    names = [name.split(".") for name in list(sys.modules) if name.startswith("anomalib.")]
+    parts = {name[1] for name in names if len(name) == 2}
+    # A part that is half loaded is not bound yet. The face may need it; once it is bound, that comes back here.
+    if parts.isdisjoint(_WAITED_FOR) or parts - vars(package).keys():
+        return
+    try:
+        import_module(_FACE)
+    except Exception as error:
+        _step_aside(error)
 
 
-def _register_loaded() -> None:
-    """Add what can be added; the rest keeps waiting."""
-    loaded = [name for name in _waiting if name in sys.modules]
-    if not loaded:
-        return
-    # If a module of this package was the first to import anomalib, it is only half there now, and the model could not
-    # be imported. Its own binding on the package, once it is finished, comes back here. The same holds for anomalib.
-    if any(_is_loading(name) for name in list(sys.modules) if name in _waiting or name.startswith(f"{_FACE}.")):
-        return
-    for name in loaded:
-        add = _waiting.pop(name, None)  # popped first, because the import of the model comes back here too
-        if add is None:
-            continue
-        try:
-            add(sys.modules[name])
-        except Exception as error:
-            _step_aside(error)
-    if not _waiting:
+def _add(face: ModuleType) -> None:
+    try:
+        models, data = import_module("anomalib.models"), import_module("anomalib.data")
+        # The import alone is enough for the command line, list_models() and get_model("two_stage_superpixel"), which
+        # go through the subclasses of AnomalibModule. A class path without dots is looked up in these two modules, one
+        # with dots in a whitelist; an anomalib without it is not one this package knows.
+        models.ALLOWED_MODULES.update({_FACE, f"{_FACE}.model.lightning_model"})
+        vars(models).setdefault("TwoStageSuperpixel", face.TwoStageSuperpixel)
+        vars(data).setdefault("SampleTextures", face.SampleTextures)
+    except Exception as error:
+        _step_aside(error)
+    else:
         _stop_watching()
 
 
 def _step_aside(error: Exception) -> None:
-    _waiting.clear()
+    global _stepped_aside
+    _stepped_aside = True
     _stop_watching()
     version = getattr(sys.modules.get("anomalib"), "__version__", "of unknown version")
     msg = (
         f"anomalib-twostage could not make TwoStageSuperpixel and SampleTextures known to anomalib {version} "
         f"({type(error).__name__}: {error}). anomalib works on without them. "
-        'To repair: pip install --upgrade "anomalib>=2.7" anomalib-twostage. '
+        'It is made for anomalib 2.7: pip install "anomalib>=2.7,<2.8". '
         "To silence: pip uninstall anomalib-twostage."
     )
     try:

@@ -139,19 +139,6 @@ def test_clean_batches_are_painted(dataset: Path, tmp_path: Path, monkeypatch: p
     assert torch.cat(seen).amax(dim=(1, 2, 3)).mean() > 0.7
 
 
-@pytest.mark.parametrize("augmentations", [None, PseudoAnomaly(probability=1.0)])
-def test_the_template_is_of_the_training_images_without_paint(
-    augmentations: PseudoAnomaly | None, dataset: Path, tmp_path: Path
-) -> None:
-    model, data = make_model(), make_data(dataset, train_augmentations=augmentations)
-    make_engine(tmp_path, max_steps=2, limit_val_batches=0).fit(model, datamodule=data)
-    files = sorted((dataset / "plate" / "train" / "good").iterdir())
-    images = torch.stack([torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files])
-    images = model.pre_processor.transform(images.permute(0, 3, 1, 2) / 255)
-    assert torch.allclose(model.model.template.mean, images.mean(dim=0), atol=1e-5)
-    assert torch.allclose(model.model.template.spread, images.std(dim=0, correction=0), atol=1e-5)
-
-
 def test_a_new_training_takes_a_new_template(dataset: Path, tmp_path: Path) -> None:
     model = make_model()
     model.model.template.fit(torch.ones(2, 3, SIZE, SIZE))

@@ -8,7 +8,6 @@ Paper: Shah Rizwan Ali and HyungWon Kim, "Enhancement of Anomaly Detection Using
 Model", EasyChair preprint, 2022.
 """
 
-import copy
 import math
 import pickle
 import re
@@ -31,10 +30,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import nn
 from torchvision.transforms.v2 import Resize
-from tqdm import tqdm
 
 from anomalib_twostage.common.resize import exportable_transform
-from anomalib_twostage.common.spacing import evenly_spaced
 from anomalib_twostage.inspection.threshold import MidwayPostProcessor
 from anomalib_twostage.inspection.visualizer import StageVisualizer
 from anomalib_twostage.pseudo_anomaly import (
@@ -48,6 +45,7 @@ from anomalib_twostage.pseudo_anomaly import (
 
 from .checkpoint import VerifiedCheckpointIO, check_checkpoint, refused
 from .checks import FileCheck, check_fraction, check_precision, check_size, check_values, refuse_normalization
+from .good_images import good_images
 from .loss import PaperLoss, SegmentationLoss
 from .quantization import quantize_networks_only
 from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
@@ -459,19 +457,15 @@ class TwoStageSuperpixel(AnomalibModule):
         return self.painter(vary_illumination(images))
 
     def _good_images(self, dataset: Any) -> Iterator[torch.Tensor]:
-        """Training images as the model sees them, before any augmentation; of many, some evenly spaced ones."""
-        plain = copy.copy(dataset)
-        if hasattr(plain, "augmentations"):
-            plain.augmentations = None
+        """Good training images as the model sees them."""
         transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
-        places = evenly_spaced(len(plain), _TEMPLATE_IMAGES)
-        for index in tqdm(places, desc="Golden template", leave=False, disable=None):
-            item = plain[index]
+        for item in good_images(dataset, _TEMPLATE_IMAGES):
+            paths = [item.image_path] if item.image_path else []
+            self._files.check(paths)
+            assert isinstance(item.image, torch.Tensor)
             image = item.image if transform is None else transform(item.image)
             self._check_size(*image.shape[-2:])
-            paths = [item.image_path] if item.image_path else []
             check_values(image, paths)
-            self._files.check(paths)
             yield image
 
     def _check_size(self, height: int, width: int) -> None:

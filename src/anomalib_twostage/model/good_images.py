@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data set's good images as the model is to know them: cropped and resized, neither painted nor changed by chance.
+
+What a data set's transforms do to every image alike belongs to a good image, as a crop to the middle does; what they do
+by chance, such as turning some images, does not, and paint least of all.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from anomalib.data import ImageItem
+from tqdm import tqdm
+
+from anomalib_twostage.common.datasets import with_transforms
+from anomalib_twostage.common.spacing import evenly_spaced
+from anomalib_twostage.common.transforms import fixed_part
+from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform
+
+__all__ = ["good_images"]
+
+
+def good_images(dataset: Any, most: int) -> Iterator[ImageItem]:
+    """Read images of a data set without what is done to them by chance.
+
+    Args:
+        dataset: Training data, also wrapped in others; it is left as it is. Its items are those of anomalib.
+        most: How many to read at most; of more, some evenly spaced ones.
+
+    Yields:
+        The items, their images ``(3, H, W)``.
+    """
+    image = with_transforms(dataset, lambda _: None)[0].image
+    fixed = with_transforms(dataset, lambda transform: fixed_part(transform, image, without=PseudoAnomalyTransform))
+    assert isinstance(image, torch.Tensor)
+    for index in tqdm(evenly_spaced(len(dataset), most), desc="Golden template", leave=False, disable=None):
+        yield fixed[index]

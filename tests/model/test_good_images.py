@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The template is of good images: cropped and resized as in training, without paint and chance, however wrapped."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torchvision.transforms import v2
+
+from anomalib_twostage import PerlinAnomaly
+from anomalib_twostage.model.good_images import good_images
+from tests.integration.conftest import SIZE, write_dataset
+
+from .test_lightning_model import make_data, make_engine, make_model
+
+
+class Wrapper(Dataset):
+    """A data set of one's own around another."""
+
+    def __init__(self, inside: Dataset) -> None:
+        self.inside = inside
+
+    def __len__(self) -> int:
+        return len(self.inside)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inside[index]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def files(dataset: Path) -> torch.Tensor:
+    """The training images, read without anomalib, ``(6, 3, 64, 64)``."""
+    paths = sorted((dataset / "plate" / "train" / "good").iterdir())
+    images = torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths])
+    return images.permute(0, 3, 1, 2) / 255
+
+
+def training_set(dataset: Path, augmentations: Any) -> Dataset:
+    data = make_data(dataset, train_augmentations=augmentations)
+    data.setup()
+    return data.train_data
+
+
+@pytest.mark.parametrize("name", ["train_augmentations", "augmentations"])
+def test_the_template_is_of_cropped_images_without_paint_and_chance(name: str, dataset: Path, tmp_path: Path) -> None:
+    change = v2.Compose(
+        [
+            v2.CenterCrop(40),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(brightness=0.5),
+            v2.RandomApply([PerlinAnomaly(probability=1.0)]),
+        ]
+    )
+    model = make_model()
+    data = make_data(dataset, **{name: change})
+    make_engine(tmp_path, max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
+    images = model.pre_processor.transform(files(dataset)[..., 12:52, 12:52])
+    assert torch.allclose(model.model.template.mean, images.mean(dim=0), atol=1e-5)
+    assert torch.allclose(model.model.template.spread, images.std(dim=0, correction=0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "chosen"),
+    [
+        (lambda data: Subset(data, [4, 1]), [4, 1]),
+        (lambda data: Wrapper(Subset(data, [3])), [3]),
+        (lambda data: ConcatDataset([Subset(data, [5]), data]), [5, 0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_wrapped_data_sets_are_read_without_paint(
+    wrap: Callable[[Dataset], Dataset], chosen: list[int], dataset: Path
+) -> None:
+    paint = v2.Compose([v2.CenterCrop(48), PerlinAnomaly(probability=1.0)])
+    data = training_set(dataset, paint)
+    images = torch.stack([item.image for item in good_images(wrap(data), 100)])
+    assert torch.allclose(images, files(dataset)[chosen][..., 8:56, 8:56])
+    assert data.augmentations is paint
+
+
+def test_the_template_of_a_wrapped_data_set_is_without_paint(dataset: Path, tmp_path: Path) -> None:
+    data = training_set(dataset, PerlinAnomaly(probability=1.0))
+    loader = DataLoader(Subset(data, [0, 2]), batch_size=2, collate_fn=data.collate_fn)
+    model = make_model()
+    make_engine(tmp_path, max_steps=1).fit(model, train_dataloaders=loader)
+    assert torch.allclose(model.model.template.mean, files(dataset)[[0, 2]].mean(dim=0), atol=1e-5)
+
+
+def test_of_many_images_some_evenly_spaced_ones_are_read(dataset: Path) -> None:
+    items = list(good_images(training_set(dataset, None), 3))
+    assert [Path(item.image_path).name for item in items] == ["000.png", "002.png", "004.png"]
+    assert items[0].image.shape == (3, SIZE, SIZE)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import json
+import logging
 import os
 import pickle
 import shutil
@@ -10,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torchvision.transforms.v2 import Resize
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.model.checkpoint import VerifiedCheckpointIO, check_checkpoint
-from tests.integration.conftest import write_dataset
+from tests.integration.conftest import SIZE, write_dataset
 
 from .test_lightning_model import make_data, make_engine, make_model
 
@@ -181,6 +187,132 @@ def test_an_unfinished_write_is_beside_the_checkpoint_and_no_checkpoint(sound: P
     (partial,) = seen
     assert partial.parent == tmp_path
     assert partial.suffix != ".ckpt"
+
+
+SETTINGS = {"segment_size": 8, "compactness": 40.0, "smoothing": 0.5, "num_neighbors": 2}
+OTHERS = {"segment_size": 16, "compactness": 2.0, "smoothing": 3.0, "num_neighbors": 1}
+
+
+@pytest.fixture(scope="module")
+def chosen(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TwoStageSuperpixel, Path]:
+    """A model with settings of its own, trained, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("chosen")
+    model = make_model(**SETTINGS)
+    engine = make_engine(folder, max_steps=2, max_epochs=-1, limit_val_batches=0)
+    engine.fit(model, datamodule=make_data(dataset))
+    engine.trainer.save_checkpoint(folder / "model.ckpt")
+    return model.eval(), folder / "model.ckpt"
+
+
+def load(way: str, path: Path, dataset: Path, folder: Path) -> TwoStageSuperpixel:
+    """Load a checkpoint into a model with other settings."""
+    if way == "load_from_checkpoint":
+        return TwoStageSuperpixel.load_from_checkpoint(path, **OTHERS).eval()
+    model = make_model(**OTHERS)
+    if way == "load_state_dict":
+        model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    else:
+        engine = make_engine(folder, max_steps=2, max_epochs=-1)  # all of them done
+        getattr(engine, way)(model, datamodule=make_data(dataset), ckpt_path=path)
+    return model.eval()
+
+
+@pytest.mark.parametrize("way", ["load_state_dict", "load_from_checkpoint", "fit", "validate", "test", "predict"])
+def test_the_settings_come_with_the_weights(
+    way: str,
+    chosen: tuple[TwoStageSuperpixel, Path],
+    dataset: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trained, path = chosen
+    model = load(way, path, dataset, tmp_path)
+    images = torch.rand(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected, answer = trained.model(images), model.model(images)
+    assert torch.equal(expected.anomaly_map, answer.anomaly_map)
+    assert torch.equal(expected.pred_score, answer.pred_score)
+    (message,) = {record.message for record in caplog.records if record.levelno == logging.WARNING}
+    for name, value in SETTINGS.items():
+        assert f"{name}={value} instead of {OTHERS[name]}" in message
+
+
+def test_a_checkpoint_of_a_loaded_model_names_the_settings_that_hold(
+    chosen: tuple[TwoStageSuperpixel, Path], dataset: Path, tmp_path: Path
+) -> None:
+    engine = make_engine(tmp_path, max_steps=3, max_epochs=-1, limit_val_batches=0)
+    engine.fit(make_model(**OTHERS), datamodule=make_data(dataset), ckpt_path=chosen[1])
+    engine.trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert SETTINGS.items() <= torch.load(tmp_path / "again.ckpt", weights_only=True)["hyper_parameters"].items()
+
+
+def test_nothing_is_said_where_the_settings_agree(
+    chosen: tuple[TwoStageSuperpixel, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    TwoStageSuperpixel.load_from_checkpoint(chosen[1])
+    assert not caplog.records
+
+
+def earlier(path: Path, target: Path) -> Path:
+    """A checkpoint as it was before the settings came with the weights."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["model._extra_state"] = torch.tensor(2)
+    checkpoint["hyper_parameters"] |= {**SETTINGS, "smoothing": None}
+    torch.save(checkpoint, target)
+    return target
+
+
+def test_an_earlier_checkpoint_is_taken_by_what_it_was_made_with(
+    chosen: tuple[TwoStageSuperpixel, Path], dataset: Path, tmp_path: Path
+) -> None:
+    model, path = make_model(**OTHERS), earlier(chosen[1], tmp_path / "earlier.ckpt")
+    make_engine(tmp_path).predict(model, datamodule=make_data(dataset), ckpt_path=path)
+    assert model.model.stage == 2
+    assert {**SETTINGS, "smoothing": 2.0}.items() <= model.model.settings.items()
+
+
+def test_weights_with_an_unknown_setting_are_refused() -> None:
+    weights = make_model().model.state_dict()
+    state = json.dumps({"stage": 1, "magic": 3}).encode()
+    weights["_extra_state"] = torch.tensor(list(state), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"magic.*update"):
+        make_model().model.load_state_dict(weights)
+
+
+@pytest.mark.parametrize("component", ["pre_processor", "post_processor"])
+def test_a_processor_that_the_checkpoint_replaces_is_named(
+    component: str, chosen: tuple[TwoStageSuperpixel, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {
+        "pre_processor": PreProcessor(Resize((96, 96))),
+        "post_processor": PostProcessor(image_sensitivity=0.9),
+    }[component]
+    model = TwoStageSuperpixel.load_from_checkpoint(chosen[1], **{component: own})
+    assert model.input_size == (SIZE, SIZE)
+    assert model.post_processor.image_sensitivity == 0.5
+    (message,) = (record.message for record in caplog.records)
+    assert component in message
+
+
+def test_testing_leaves_the_random_numbers_of_a_later_training_alone(
+    chosen: tuple[TwoStageSuperpixel, Path], dataset: Path, tmp_path: Path
+) -> None:
+    class Seen(Callback):
+        state: torch.Tensor
+
+        def on_train_start(self, trainer, pl_module) -> None:
+            self.state = torch.get_rng_state()
+
+    def drawn(tested: bool) -> torch.Tensor:
+        model, seen = make_model(**SETTINGS), Seen()
+        if tested:
+            make_engine(tmp_path).test(model, datamodule=make_data(dataset), ckpt_path=chosen[1])
+        seed_everything(5)
+        options = {"max_steps": 1, "max_epochs": -1, "limit_val_batches": 0}
+        make_engine(tmp_path, callbacks=[seen], **options).fit(model, datamodule=make_data(dataset))
+        return seen.state
+
+    assert torch.equal(drawn(tested=True), drawn(tested=False))
 
 
 @pytest.mark.integration

@@ -1,22 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files: whole or not there, checked before they are read, and without code.
+"""Checkpoints: whole or not there, checked before they are read, without code, and with all that goes on from them.
 
 Lightning writes a checkpoint to the folder for temporary files and moves it; where that folder lies on another file
 system, a move is a copy, and a killed process leaves half a file. Reading, PyTorch neither names the file that it
 cannot read nor looks at its checksums, and an environment variable can make it run code from it.
 """
 
+import logging
 import pickle
+import re
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
+from anomalib.models.components import AnomalibModule
 from lightning.pytorch.plugins.io import CheckpointIO
 
-__all__ = ["VerifiedCheckpointIO", "check_checkpoint"]
+from .torch_model import VARIANTS, pack_state
+
+__all__ = [
+    "VerifiedCheckpointIO",
+    "add_settings",
+    "check_checkpoint",
+    "check_fit",
+    "get_random_state",
+    "name_replaced_processors",
+    "refused",
+    "set_random_state",
+]
+
+logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"
+_FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -100,6 +118,82 @@ def check_checkpoint(path: str | Path) -> None:
             "take the .ckpt file that the training wrote."
         )
         raise ValueError(msg)
+
+
+def check_fit(checkpoint: dict[str, Any], weights: dict[str, Any], variant: str) -> None:
+    """See whether the networks of a checkpoint are those of a model.
+
+    Args:
+        checkpoint: The checkpoint.
+        weights: The model's state dict.
+        variant: The model's variant.
+
+    Raises:
+        ValueError: If they are of another variant or width.
+    """
+    saved = checkpoint["state_dict"]
+    differing = [
+        name
+        for name, value in weights.items()
+        if name.startswith("model.stage_") and (name not in saved or saved[name].shape != value.shape)
+    ]
+    if differing:
+        widths = tuple(len(saved[name]) for name in sorted(saved) if _FIRST_WEIGHT.fullmatch(name))
+        trained = next((name for name, shape in VARIANTS.items() if shape.widths == widths), "unknown")
+        template = any(name.startswith("model.template.") for name in saved)
+        msg = (
+            f"The checkpoint does not fit variant {variant!r}: it is of variant {trained!r} with widths {widths} and "
+            f"template={template}, and {len(differing)} weights differ. Build the model with the checkpoint's variant, "
+            "gate, template and num_neighbors."
+        )
+        raise ValueError(msg)
+
+
+def add_settings(checkpoint: dict[str, Any]) -> None:
+    """Give weights of a version that kept no settings with them those that the checkpoint's model was made with."""
+    weights, made = checkpoint["state_dict"], checkpoint.get("hyper_parameters", {})
+    stage = weights.get("model._extra_state")
+    if stage is None or stage.ndim > 0:
+        return
+    names = ("gate", "smoothing", "segment_size", "compactness", "num_neighbors")
+    settings = {name: made[name] for name in names if name in made}
+    shape = VARIANTS.get(made.get("variant"))
+    if shape is not None and settings.get("smoothing", 0) is None:
+        settings["smoothing"] = shape.smoothing * made["segment_size"]
+    settings = {name: value for name, value in settings.items() if value is not None}
+    weights["model._extra_state"] = pack_state({"stage": int(stage), **settings})
+
+
+def name_replaced_processors(model: AnomalibModule, checkpoint: dict[str, Any]) -> None:
+    """Log which settings of a model's pre- and post-processor the checkpoint replaces, as anomalib lets it."""
+    for name in ("pre_processor", "post_processor"):
+        own, saved = getattr(model, name), checkpoint.get(f"anomalib_{name}_config")
+        if saved is None:
+            continue
+        if own is None:
+            logger.warning("The checkpoint was trained with a %s; the model has none, and goes on without.", name)
+        elif hasattr(own, "checkpoint_config"):
+            default = getattr(model, f"configure_{name}")().checkpoint_config()
+            for key, value in own.checkpoint_config().items():
+                if key in saved and value not in (saved[key], default.get(key)):
+                    logger.warning(
+                        "The checkpoint's %s is taken over: %s=%s instead of %s.", name, key, saved[key], value
+                    )
+
+
+def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of the random numbers that a training on a device draws."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Continue the random numbers where :func:`get_random_state` saw them."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def refused(path: str | Path) -> pickle.UnpicklingError:

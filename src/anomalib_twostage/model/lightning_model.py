@@ -8,9 +8,8 @@ Paper: Shah Rizwan Ali and HyungWon Kim, "Enhancement of Anomaly Detection Using
 Model", EasyChair preprint, 2022.
 """
 
-import math
+import logging
 import pickle
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import nn
 from torchvision.transforms.v2 import Resize
@@ -43,14 +43,26 @@ from anomalib_twostage.pseudo_anomaly import (
     vary_illumination,
 )
 
-from .checkpoint import VerifiedCheckpointIO, check_checkpoint, refused
+from .checkpoint import (
+    VerifiedCheckpointIO,
+    add_settings,
+    check_checkpoint,
+    check_fit,
+    get_random_state,
+    name_replaced_processors,
+    refused,
+    set_random_state,
+)
 from .checks import FileCheck, check_fraction, check_precision, check_size, check_values, refuse_normalization
 from .good_images import good_images
 from .loss import PaperLoss, SegmentationLoss
 from .quantization import quantize_networks_only
+from .schedule import TwoStageSchedule, run_length
 from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
 
 __all__ = ["TwoStageSuperpixel"]
+
+logger = logging.getLogger(__name__)
 
 _LOSSES: dict[str, type[nn.Module]] = {"default": SegmentationLoss, "paper": PaperLoss}
 _PAINTERS: dict[str, type[PseudoAnomalyTransform]] = {
@@ -58,8 +70,7 @@ _PAINTERS: dict[str, type[PseudoAnomalyTransform]] = {
     "perlin": PerlinAnomaly,
     "superpixel": SuperpixelAnomaly,
 }
-_WARM_UP = 0.05  # share of each stage's steps over which the learning rate rises
-_FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
+_RESUMED = ("global_step", "two_stage_random_state", "two_stage_switch")  # what a resumed run takes from a checkpoint
 _TEMPLATE_IMAGES = 500  # more change the statistics little
 
 
@@ -169,7 +180,9 @@ class TwoStageSuperpixel(AnomalibModule):
         # Of the last batch that was looked at for anomalies, for the visualizer.
         self.last_stages: StageMaps | None = None
         self._images_come_painted = False
-        self._random_state: dict[str, Any] | None = None
+        # Of the run that is going on, and what its checkpoint says of how to go on.
+        self._schedule: TwoStageSchedule | None = None
+        self._resumed: dict[str, Any] = {}
         self._files = FileCheck()
         if self.input_size is not None:
             self._check_size(*self.input_size)
@@ -198,6 +211,11 @@ class TwoStageSuperpixel(AnomalibModule):
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit":
             self.painter = _PAINTERS[self.paint](probability=self.paint_probability, texture_dir=self.texture_dir)
+            # A checkpoint that is resumed is loaded later. A trainer may also go on without one.
+            self._resumed = {"two_stage_switch": self._schedule.switch} if self._schedule else {}
+            self._schedule = None
+            if self.trainer.global_step == 0:  # here, because a strategy wraps only what learns
+                self.model.start_stage_one()
 
     def teardown(self, stage: str) -> None:
         """Drop the painter after training, and the last batch's stages."""
@@ -214,10 +232,13 @@ class TwoStageSuperpixel(AnomalibModule):
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         augmentations = getattr(dataset, "augmentations", None)
         self._images_come_painted = bool(extract_transforms_by_type(augmentations, PseudoAnomalyTransform))
+        step = self.trainer.global_step
         if self.trainer.world_size > 1:  # all processes start from one seed
-            done = self.trainer.world_size * self.trainer.global_step
+            done = self.trainer.world_size * step
             torch.manual_seed((torch.initial_seed() + done + self.global_rank) % 2**63)
-        if self.model.template is not None and self.trainer.global_step == 0:  # a resumed run has it already
+        if step > 0:
+            self.schedule.resume(step, self.model.stage)
+        elif self.model.template is not None:
             self.model.template.fit(self._good_images(dataset))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -233,14 +254,23 @@ class TwoStageSuperpixel(AnomalibModule):
         return batch
 
     def on_fit_start(self) -> None:
-        """Continue the random numbers of a resumed run, if the optimiser was configured elsewhere."""
-        self._continue_random_state()
+        """Share out the run, and continue the random numbers of a resumed one."""
+        _ = self.schedule  # unless the optimizer asked for it
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Start stage two when stage one has had its share of the steps."""
         del batch, batch_idx
-        if self.model.stage == 1 and self.trainer.global_step >= self._budget()[0]:
+        if self.model.stage == 1 and self.trainer.global_step >= self.schedule.switch:
             self.model.start_stage_two()
+
+    def on_train_end(self) -> None:
+        """Say so if the run ends before stage two, by early stopping or a limit of time."""
+        if self.model.stage == 1:
+            logger.warning(
+                "The run ended after %d steps, before stage two, which was to begin after %d: the anomaly maps are "
+                "stage one's alone.",
+                *(self.trainer.global_step, self.schedule.switch),
+            )
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Paint if need be, and train the stage whose turn it is.
@@ -284,23 +314,13 @@ class TwoStageSuperpixel(AnomalibModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over both stages; per stage, the learning rate warms up and falls along a cosine.
 
-        A stage whose turn it is not has no gradients, and AdamW passes it over. A run of a single step, as that of
-        ``fast_dev_run``, trains stage one alone.
+        A stage whose turn it is not has no gradients, and AdamW passes it over. See :class:`TwoStageSchedule`.
 
         Raises:
             ValueError: If the run has no end, so that it cannot be shared out.
         """
-        # The budget asks for the data loader, whose first act is to draw the order of the images.
-        self._continue_random_state()
-        switch, total = self._budget()
-
-        def factor(step: int) -> float:
-            first, last = (0, switch) if step < switch else (switch, total)
-            progress = min(1.0, (step - first + 1) / max(1, last - first))
-            return min(1.0, progress / _WARM_UP) * 0.5 * (1.01 + 0.99 * math.cos(math.pi * progress))
-
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=1e-4)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = self.schedule.scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @classmethod
@@ -330,39 +350,25 @@ class TwoStageSuperpixel(AnomalibModule):
             raise refused(checkpoint_path) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the random state with the checkpoint, so that a resumed run paints what it would have painted."""
+        """Save with the weights what a resumed run needs to paint and learn as it would have done uninterrupted."""
         super().on_save_checkpoint(checkpoint)
-        random_state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["two_stage_random_state"] = random_state
+        checkpoint["hyper_parameters"].update({k: v for k, v in self.model.settings.items() if k in self.hparams})
+        checkpoint["two_stage_random_state"] = get_random_state(self.device)
+        if self.model.stage == 2 and self._schedule is not None:
+            checkpoint["two_stage_switch"] = self._schedule.switch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits, and take up its random state.
+        """Check that the checkpoint fits, and note how a resumed run goes on.
 
         Raises:
             ValueError: If the checkpoint is of another variant or width.
         """
+        name_replaced_processors(self, checkpoint)
         super().on_load_checkpoint(checkpoint)
-        own, saved = self.state_dict(), checkpoint["state_dict"]
-        differing = [
-            name
-            for name, value in own.items()
-            if name.startswith("model.stage_") and (name not in saved or saved[name].shape != value.shape)
-        ]
-        if differing:
-            widths = tuple(len(saved[name]) for name in sorted(saved) if _FIRST_WEIGHT.fullmatch(name))
-            variant = next((name for name, shape in VARIANTS.items() if shape.widths == widths), "unknown")
-            template = any(name.startswith("model.template.") for name in saved)
-            msg = (
-                f"The checkpoint does not fit variant {self.variant!r}: it is of variant {variant!r} with widths "
-                f"{widths} and template={template}, and {len(differing)} weights differ. Build the model with the "
-                "checkpoint's variant, gate, template and num_neighbors."
-            )
-            raise ValueError(msg)
-        # One saved state would make every process of a distributed run paint alike.
-        if self._trainer is not None and self.trainer.world_size == 1:
-            self._random_state = checkpoint.get("two_stage_random_state")
+        add_settings(checkpoint)
+        check_fit(checkpoint, self.state_dict(), self.variant)
+        if self._trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
+            self._resumed = {name: checkpoint[name] for name in _RESUMED if name in checkpoint}
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export to torch as anomalib does, except that images are resized with antialiasing, as in training."""
@@ -424,26 +430,18 @@ class TwoStageSuperpixel(AnomalibModule):
         if isinstance(self.pre_processor, PreProcessor):
             self.pre_processor.export_transform = exportable_transform(self.pre_processor.transform)
 
-    def _continue_random_state(self) -> None:
-        """Put the random numbers of a resumed run where its checkpoint left them, once."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state["cpu"].cpu())
-            if self.device.type == "cuda" and "cuda" in self._random_state:
-                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
-            self._random_state = None
-
-    def _budget(self) -> tuple[int, int]:
-        """Optimiser steps until stage two starts, and of the whole run."""
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            msg = (
-                "The run has no end, so it cannot be shared between the two stages: "
-                f"set max_epochs (now {self.trainer.max_epochs}) or max_steps (now {self.trainer.max_steps})."
-            )
-            raise ValueError(msg)
-        total = int(total)
-        # Both stages get at least one step of any run that has two.
-        return min(max(1, round(total * self.stage_one_fraction)), max(1, total - 1)), total
+    @property
+    def schedule(self) -> TwoStageSchedule:
+        """How the run that is going on is shared between the stages."""
+        if self._schedule is None:
+            resumed, self._resumed = self._resumed, {}
+            # Before asking for the run's length: the data loader's first act is to draw the order of the images. One
+            # saved state would make every process of a distributed run paint alike.
+            if self.trainer.world_size == 1 and "two_stage_random_state" in resumed:
+                set_random_state(resumed["two_stage_random_state"], self.device)
+            switch = resumed.get("two_stage_switch", resumed.get("global_step")) if self.model.stage == 2 else None
+            self._schedule = TwoStageSchedule(run_length(self.trainer), self.stage_one_fraction, switch)
+        return self._schedule
 
     def _painted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and masks ``(B, 1, H, W)`` to train on: as they come if they come painted, else lit and painted."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-stage model: two segmentation networks with the superpixels of the input between them."""
 
+import json
+import logging
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
@@ -19,6 +21,21 @@ from .template import GoldenTemplate
 from .unet import UNet
 
 __all__ = ["VARIANTS", "StageMaps", "TwoStageSuperpixelModel", "Variant", "two_stage_superpixel_model"]
+
+logger = logging.getLogger(__name__)
+
+# What decides the answer beside the weights, and the part that has it.
+_SETTINGS = {
+    "gate": "",
+    "smoothing": "",
+    "score_window": "",
+    "segment_size": "slic",
+    "compactness": "slic",
+    "num_iterations": "slic",
+    "threshold": "refiner",
+    "margin": "refiner",
+    "num_neighbors": "template",
+}
 
 
 class StageMaps(NamedTuple):
@@ -114,10 +131,24 @@ class TwoStageSuperpixelModel(nn.Module):
         self.stage_two = stage_two
         self.gate = gate
         self.template = template
-        reach = math.ceil(3 * smoothing)
-        kernel, deviation = (2 * reach + 1,) * 2, (smoothing, smoothing)
-        self.blur = GaussianBlur2d(kernel, deviation, "replicate") if smoothing else nn.Identity()
+        self.smoothing = smoothing
         self.stage = 1
+
+    @property
+    def smoothing(self) -> float:
+        """Standard deviation in pixels of the Gaussian that smooths the final map."""
+        return self._smoothing
+
+    @smoothing.setter
+    def smoothing(self, value: float) -> None:
+        self._smoothing = value
+        reach = math.ceil(3 * value)
+        kernel, deviation = (2 * reach + 1,) * 2, (value, value)
+        self.blur = GaussianBlur2d(kernel, deviation, "replicate") if value else nn.Identity()
+
+    def start_stage_one(self) -> None:
+        """Let stage one learn, and speak alone: a new training begins."""
+        self._set_stage(1)
 
     def start_stage_two(self) -> None:
         """Freeze stage one, weights and batch-norm statistics, and let stage two learn and speak.
@@ -145,13 +176,46 @@ class TwoStageSuperpixelModel(nn.Module):
             self.stage_one.eval()
         return self
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the answer beside the weights, by the names of the arguments of the parts."""
+        return {name: getattr(owner, name) for name, owner in self._owners().items()}
+
+    def _owners(self) -> dict[str, nn.Module]:
+        """The part that each setting belongs to."""
+        parts = {name: getattr(self, part) if part else self for name, part in _SETTINGS.items()}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def get_extra_state(self) -> torch.Tensor:
-        """Carry the stage inside the state dict, as a tensor so that ``weights_only`` loading accepts it."""
-        return torch.tensor(self.stage)
+        """Carry the stage and the settings inside the state dict: JSON in a tensor ``(N,)`` uint8.
+
+        As a tensor because that is what ``weights_only`` loading, averaging and comparing state dicts expect.
+        """
+        return pack_state({"stage": self.stage, **self.settings})
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Restore the stage from the state dict."""
-        self._set_stage(int(state))
+        """Take over the stage and the settings of a state dict, and log which settings replace others.
+
+        Args:
+            state: What ``get_extra_state`` returned, or, from earlier versions, the stage alone as a number.
+
+        Raises:
+            ValueError: If it holds a setting that this version does not know.
+        """
+        loaded = {"stage": int(state)} if state.ndim == 0 else json.loads(bytes(state.tolist()))
+        self._set_stage(loaded.pop("stage"))
+        if unknown := sorted(loaded.keys() - _SETTINGS.keys()):
+            msg = f"The weights come with settings that are not known here, {unknown}: update anomalib-twostage."
+            raise ValueError(msg)
+        own, owners = self.settings, self._owners()
+        replaced = {name: value for name, value in loaded.items() if name in own and value != own[name]}
+        for name, value in replaced.items():
+            setattr(owners[name], name, value)
+        if replaced:
+            logger.warning(
+                "The weights were trained with other settings, which are taken over: %s.",
+                ", ".join(f"{name}={value} instead of {own[name]}" for name, value in replaced.items()),
+            )
 
     def seen(self, images: torch.Tensor) -> torch.Tensor:
         """What stage one sees of images ``(B, C, H, W)``: them and, with a template, their deviations beside them."""
@@ -248,6 +312,11 @@ class TwoStageSuperpixelModel(nn.Module):
         """Image scores ``(B,)`` of maps ``(B, 1, H, W)``: the highest mean over a small window."""
         smooth = functional.avg_pool2d(anomaly_map, self.score_window, stride=1, padding=self.score_window // 2)
         return smooth.amax(dim=(1, 2, 3))
+
+
+def pack_state(state: dict[str, Any]) -> torch.Tensor:
+    """Plain values as JSON in a tensor ``(N,)`` uint8."""
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

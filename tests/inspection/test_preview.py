@@ -10,6 +10,7 @@ from PIL import Image
 
 from anomalib_twostage import PerlinAnomaly, SuperpixelAnomaly
 from anomalib_twostage.inspection.preview import draw_paint, main, read_images
+from anomalib_twostage.pseudo_anomaly import vary_illumination
 from tests.conftest import photograph
 
 
@@ -42,12 +43,15 @@ def test_every_row_shows_image_paint_mask_and_difference() -> None:
     torch.manual_seed(3)
     picture, shares = draw_paint(images, {"a": PerlinAnomaly(probability=1.0), "b": SuperpixelAnomaly(probability=1.0)})
     torch.manual_seed(3)
-    outcomes = {"a": PerlinAnomaly(probability=1.0)(images), "b": SuperpixelAnomaly(probability=1.0)(images)}
+    outcomes = {}
+    for name, kind in (("a", PerlinAnomaly), ("b", SuperpixelAnomaly)):
+        lit = vary_illumination(images)
+        outcomes[name] = (lit, *kind(probability=1.0)(lit))
     pixels = np.asarray(picture)
     for i in range(2):
         expected = [images[i]]
-        for painted, masks in outcomes.values():
-            difference = 2 * (painted[i] - images[i]).abs().amax(dim=0)
+        for lit, painted, masks in outcomes.values():
+            difference = 2 * (painted[i] - lit[i]).abs().amax(dim=0)
             heat = mpl.colormaps["inferno"](difference.clamp(0, 1).numpy(), bytes=True)[..., :3]
             expected += [painted[i], masks[i].expand(3, -1, -1), heat]
         for column, panel in enumerate(expected):
@@ -55,7 +59,7 @@ def test_every_row_shows_image_paint_mask_and_difference() -> None:
                 panel = (panel.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
             assert (pixels == panel[0, 0]).all(axis=2).any()
             assert contains(pixels, panel), (i, column)
-    for name, (_, masks) in outcomes.items():
+    for name, (*_, masks) in outcomes.items():
         torch.testing.assert_close(shares[name], masks.mean(dim=(1, 2, 3)))
 
 

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import yaml
 from anomalib.cli import AnomalibCLI
 
 from anomalib_twostage import SuperpixelAnomaly
@@ -99,19 +98,16 @@ def test_sample_textures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert list((folder / name).glob("*.png"))
 
 
-def test_configuration_and_inline_options_parse(tmp_path: Path) -> None:
-    (configuration,) = blocks(GUIDE, "yaml")
-    (tmp_path / "data.yaml").write_text(configuration)
-    assert yaml.safe_load(configuration)["data"]["init_args"]["name"] == "parts"
+def test_inline_options_parse() -> None:
     (off,) = re.findall(r"`(--model\.visualizer false)`", GUIDE)
     (other,) = re.findall(r"`(--model\.visualizer anomalib\.\S+)`", GUIDE)
+    (painter,) = re.findall(r"`(--model\.painter .*?)`", GUIDE)
     for options, expected in (("", "StageVisualizer"), (off, "NoneType"), (other, "ImageVisualizer")):
-        arguments = ["fit", "--model", "TwoStageSuperpixel", *options.split(), "--config", str(tmp_path / "data.yaml")]
+        arguments = ["fit", "--model", "TwoStageSuperpixel", *options.split(), *painter.split(), "--data", "MVTecAD"]
         cli = AnomalibCLI(args=arguments, run=False)
         assert type(cli.model.visualizer).__name__ == expected
-        painter = cli.datamodule.train_augmentations
-        assert type(painter) is SuperpixelAnomaly
-        assert painter.opacity == (0.1, 0.6)
+        assert type(cli.model.painter) is SuperpixelAnomaly
+        assert cli.model.painter.probability == 0.7
 
 
 def test_the_walkthrough_is_called_as_it_says_itself() -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, seed_everything
 from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_twostage import PerlinAnomaly, PseudoAnomaly, SuperpixelAnomaly, TwoStageSuperpixel
+from anomalib_twostage import TwoStageSuperpixel
 from tests.integration.conftest import SIZE, write_dataset
 
 BATCHES = 3  # 6 images in batches of 2
@@ -114,31 +114,6 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_painted_batches_are_taken_as_they_come(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = make_model(), []
-    monkeypatch.setattr(model.loss, "forward", lambda logits, mask: seen.append(mask) or logits.mean())
-    data = make_data(dataset, train_augmentations=PseudoAnomaly(probability=0.5))
-    with pytest.MonkeyPatch.context() as patch:
-        original = TwoStageSuperpixel.setup
-
-        def setup_without_painter(self, stage: str) -> None:
-            original(self, stage)
-            self.painter = None  # would fail if it were needed
-
-        patch.setattr(TwoStageSuperpixel, "setup", setup_without_painter)
-        make_engine(tmp_path, max_epochs=2, limit_val_batches=0).fit(model, datamodule=data)
-    masks = torch.cat(seen)
-    assert masks.shape == (2 * BATCHES * 2, 1, SIZE, SIZE)
-    assert 0 < masks.amax(dim=(1, 2, 3)).mean() < 1
-
-
-def test_clean_batches_are_painted(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = make_model(paint_probability=1.0), []
-    monkeypatch.setattr(model.loss, "forward", lambda logits, mask: seen.append(mask) or logits.mean())
-    make_engine(tmp_path, max_epochs=2, limit_val_batches=0).fit(model, datamodule=make_data(dataset))
-    assert torch.cat(seen).amax(dim=(1, 2, 3)).mean() > 0.7
-
-
 def test_a_new_training_takes_a_new_template(dataset: Path, tmp_path: Path) -> None:
     model = make_model()
     model.model.template.fit(torch.ones(2, 3, SIZE, SIZE))
@@ -153,21 +128,6 @@ def test_the_template_is_the_variants_unless_chosen(options: dict, has_one: bool
     assert (TwoStageSuperpixel(**options).model.template is not None) == has_one
 
 
-@pytest.mark.parametrize(
-    ("paint", "painter"), [("both", PseudoAnomaly), ("perlin", PerlinAnomaly), ("superpixel", SuperpixelAnomaly)]
-)
-def test_the_paint_can_be_chosen(paint: str, painter: type, dataset: Path, tmp_path: Path) -> None:
-    class Seen(Callback):
-        def on_train_start(self, trainer, pl_module) -> None:
-            assert type(pl_module.painter) is painter
-            assert pl_module.painter.probability == 0.4
-
-    model = make_model(paint=paint, paint_probability=0.4)
-    engine = make_engine(tmp_path, callbacks=[Seen()], max_steps=1, max_epochs=-1, limit_val_batches=0)
-    engine.fit(model, datamodule=make_data(dataset))
-    assert engine.trainer.global_step == 1
-
-
 @pytest.mark.parametrize(("variant", "own"), [("small", "average"), ("paper", "hard")])
 def test_the_gate_is_the_variants_unless_chosen(variant: str, own: str) -> None:
     assert make_model(variant=variant).model.gate == own
@@ -176,13 +136,6 @@ def test_the_gate_is_the_variants_unless_chosen(variant: str, own: str) -> None:
         assert model.gate == gate
         model.start_stage_two()
         assert model.eval()(torch.rand(1, 3, SIZE, SIZE)).anomaly_map.shape == (1, 1, SIZE, SIZE)
-
-
-def test_paint_stays_out_of_the_trained_model(dataset: Path, tmp_path: Path) -> None:
-    model = make_model()
-    make_engine(tmp_path, max_steps=1, max_epochs=-1, limit_val_batches=0).fit(model, datamodule=make_data(dataset))
-    assert model.painter is None
-    assert not any("painter" in name for name in model.state_dict())
 
 
 def test_a_texture_folder_is_needed_for_training_only(dataset: Path, tmp_path: Path) -> None:

@@ -13,12 +13,15 @@ from torch import nn
 from torchvision import transforms, tv_tensors
 from torchvision.transforms import v2
 
-__all__ = ["apply_to_image", "find_transforms", "fixed_part", "parts"]
+__all__ = ["EACH_IS_APPLIED", "RANDOM_APPLY", "RANDOM_CHOICE", "find_transforms", "fixed_part", "parts"]
 
 _Kind = TypeVar("_Kind")
 
-_EACH_IS_APPLIED = (v2.Compose, v2.RandomOrder, transforms.Compose, transforms.RandomOrder, nn.Sequential)
-_RANDOM_APPLY = (v2.RandomApply, transforms.RandomApply)
+EACH_IS_APPLIED = (v2.Compose, v2.RandomOrder, transforms.Compose, transforms.RandomOrder, nn.Sequential)
+"""Containers that apply all that is in them, of torchvision's two generations."""
+RANDOM_APPLY = (v2.RandomApply, transforms.RandomApply)
+RANDOM_CHOICE = (v2.RandomChoice, transforms.RandomChoice)
+
 _TRIALS = 16  # a transform that does the same so many times in a row is taken for one that always does
 
 
@@ -72,7 +75,27 @@ def fixed_part(transform: Any, image: torch.Tensor, without: type | tuple[type, 
     return v2.Compose(kept) if kept else None
 
 
-def apply_to_image(transform: Any, image: torch.Tensor) -> torch.Tensor:
+def _fixed_parts(
+    transform: Any, image: torch.Tensor, without: type | tuple[type, ...]
+) -> tuple[list[Any], torch.Tensor]:
+    """The parts that always act alike, and the image after them."""
+    if transform is None or isinstance(transform, without):
+        return [], image
+    if isinstance(transform, EACH_IS_APPLIED) or (isinstance(transform, RANDOM_APPLY) and transform.p >= 1):
+        kept = []
+        for part in parts(transform):
+            more, image = _fixed_parts(part, image, without)
+            kept += more
+        return kept, image
+    result = _apply_to_image(transform, image)
+    for _ in range(_TRIALS - 1):
+        again = _apply_to_image(transform, image)
+        if again.shape != result.shape or not torch.equal(again, result):
+            return [], image
+    return [transform], result
+
+
+def _apply_to_image(transform: Any, image: torch.Tensor) -> torch.Tensor:
     """Apply a transform to an image as anomalib's data sets do, with a mask where it takes one."""
     mask = tv_tensors.Mask(torch.zeros(image.shape[-2:], dtype=torch.uint8))
     try:
@@ -80,23 +103,3 @@ def apply_to_image(transform: Any, image: torch.Tensor) -> torch.Tensor:
     except TypeError:
         result = transform(image)
     return result[0] if isinstance(result, tuple) else result
-
-
-def _fixed_parts(
-    transform: Any, image: torch.Tensor, without: type | tuple[type, ...]
-) -> tuple[list[Any], torch.Tensor]:
-    """The parts that always act alike, and the image after them."""
-    if transform is None or isinstance(transform, without):
-        return [], image
-    if isinstance(transform, _EACH_IS_APPLIED) or (isinstance(transform, _RANDOM_APPLY) and transform.p >= 1):
-        kept = []
-        for part in parts(transform):
-            more, image = _fixed_parts(part, image, without)
-            kept += more
-        return kept, image
-    result = apply_to_image(transform, image)
-    for _ in range(_TRIALS - 1):
-        again = apply_to_image(transform, image)
-        if again.shape != result.shape or not torch.equal(again, result):
-            return [], image
-    return [transform], result

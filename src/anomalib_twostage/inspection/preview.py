@@ -3,9 +3,9 @@
 
     python -m anomalib_twostage.preview path/to/good --out preview.png --image_size 256
 
-One row per image: the image; then for Perlin and for superpixel paint what came out, its mask, and the largest
-difference over the channels, from black for none to bright for half the range and more. The light, which training
-varies as well, is left alone here.
+It is what training makes of them: each image in varied light, then painted. One row per image: the image; then for
+Perlin and for superpixel paint what came out, its mask, and the largest difference that the paint makes over the
+channels, from black for none to bright for half the range and more.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from anomalib_twostage.common.bit_depth import refuse_deep_image
 from anomalib_twostage.common.spacing import evenly_spaced
-from anomalib_twostage.pseudo_anomaly import PerlinAnomaly, PseudoAnomalyTransform, SuperpixelAnomaly
+from anomalib_twostage.pseudo_anomaly import PerlinAnomaly, PseudoAnomalyTransform, SuperpixelAnomaly, training_images
 
 from .visualizer import heat_panel, image_panel, mask_panel, picture_grid
 
@@ -58,7 +58,7 @@ def read_images(folder: str | Path, image_size: tuple[int, int] = (256, 256), co
 def draw_paint(
     images: torch.Tensor, painters: dict[str, PseudoAnomalyTransform]
 ) -> tuple[Image.Image, dict[str, torch.Tensor]]:
-    """Paint images with each painter and draw the outcome.
+    """Paint images with each painter, as training does, and draw the outcome.
 
     Args:
         images: ``(B, C, H, W)`` float in [0, 1], 1 or 3 channels.
@@ -74,9 +74,9 @@ def draw_paint(
     rows = [[image_panel(image, size)] for image in images]
     shares = {}
     for name, painter in painters.items():
-        painted, masks = painter(images)
+        lit, painted, masks = training_images(images, painter)
         titles += [name, "mask", "difference"]
-        for row, before, after, mask in zip(rows, images, painted, masks, strict=True):
+        for row, before, after, mask in zip(rows, lit, painted, masks, strict=True):
             difference = (after - before).abs().amax(dim=0)
             row += [image_panel(after, size), mask_panel(mask, size), heat_panel(2 * difference, size)]
         shares[name] = masks.mean(dim=(1, 2, 3))

@@ -251,8 +251,6 @@ class StageVisualizer(Visualizer):
             ]
             for i in range(len(chosen))
         ]
-        if torch.equal(images, painted):  # the datamodule painted, and the clean image is not known
-            titles, rows = titles[1:], [row[1:] for row in rows]
         return picture_grid(rows, titles)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data set's good images as the model is to know them: cropped and resized, neither painted nor changed by chance.
+"""Which data set is trained on, and its good images as the model is to know them.
 
 What a data set's transforms do to every image alike belongs to a good image, as a crop to the middle does; what they do
 by chance, such as turning some images, does not, and paint least of all.
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from anomalib.data import ImageItem
+from lightning.pytorch import Trainer
 from tqdm import tqdm
 
 from anomalib_twostage.common.datasets import with_transforms
@@ -17,7 +18,20 @@ from anomalib_twostage.common.spacing import evenly_spaced
 from anomalib_twostage.common.transforms import fixed_part
 from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform
 
-__all__ = ["good_images"]
+__all__ = ["good_images", "training_data"]
+
+
+def training_data(trainer: Trainer) -> Any:
+    """The data set that a trainer is about to train on, before its data loader starts to read.
+
+    Returns:
+        The data set, or ``None`` if it is known only to a datamodule that is not anomalib's.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None:
+        return getattr(datamodule, "train_data", None)
+    # Private in Lightning 2.6, but no public hook sees a data loader before its workers have started.
+    return getattr(trainer.fit_loop._data_source.instance, "dataset", None)
 
 
 def good_images(dataset: Any, most: int) -> Iterator[ImageItem]:

@@ -8,6 +8,7 @@ Paper: Shah Rizwan Ali and HyungWon Kim, "Enhancement of Anomaly Detection Using
 Model", EasyChair preprint, 2022.
 """
 
+import inspect
 import logging
 import pickle
 import warnings
@@ -18,7 +19,6 @@ from typing import Any, Literal
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch, ImageBatch
-from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -35,12 +35,12 @@ from anomalib_twostage.common.resize import exportable_transform
 from anomalib_twostage.inspection.threshold import MidwayPostProcessor
 from anomalib_twostage.inspection.visualizer import StageVisualizer
 from anomalib_twostage.pseudo_anomaly import (
-    PerlinAnomaly,
-    PseudoAnomaly,
+    PAINTERS,
+    DataPainter,
     PseudoAnomalyTransform,
-    SuperpixelAnomaly,
     imitate_faults,
-    vary_illumination,
+    paints,
+    training_images,
 )
 
 from .checkpoint import (
@@ -54,7 +54,7 @@ from .checkpoint import (
     set_random_state,
 )
 from .checks import FileCheck, check_fraction, check_precision, check_size, check_values, refuse_normalization
-from .good_images import good_images
+from .good_images import good_images, training_data
 from .loss import PaperLoss, SegmentationLoss
 from .quantization import quantize_networks_only
 from .schedule import TwoStageSchedule, run_length
@@ -65,11 +65,6 @@ __all__ = ["TwoStageSuperpixel"]
 logger = logging.getLogger(__name__)
 
 _LOSSES: dict[str, type[nn.Module]] = {"default": SegmentationLoss, "paper": PaperLoss}
-_PAINTERS: dict[str, type[PseudoAnomalyTransform]] = {
-    "both": PseudoAnomaly,
-    "perlin": PerlinAnomaly,
-    "superpixel": SuperpixelAnomaly,
-}
 _RESUMED = ("global_step", "two_stage_random_state", "two_stage_switch")  # what a resumed run takes from a checkpoint
 _TEMPLATE_IMAGES = 500  # more change the statistics little
 
@@ -79,9 +74,9 @@ class TwoStageSuperpixel(AnomalibModule):
 
     The first ``stage_one_fraction`` of the run's optimiser steps trains stage one, the rest stage two with stage
     one frozen. The run's length is whatever the trainer is told (``max_epochs``, ``max_steps``, limited batches,
-    accumulated gradients). Training images come either painted, from a datamodule with one of this package's
-    painters (or any other that fills the mask) among its ``train_augmentations``, or clean, and are then painted
-    here, on the training device.
+    accumulated gradients). Training images are painted here, on the training device: by ``painter``, or by the painters
+    among the ``train_augmentations`` of the datamodule, which then stand aside there. Images that come with a mask from
+    elsewhere are taken as painted.
 
     Args:
         variant: ``"default"``; ``"small"``, a quarter of its cost; or ``"paper"``, as published: networks of
@@ -100,6 +95,8 @@ class TwoStageSuperpixel(AnomalibModule):
         compactness: Weight of position against colour in SLIC.
         stage_one_fraction: Share of the optimiser steps for stage one, in (0, 1).
         learning_rate: Peak learning rate of both stages.
+        painter: What paints the training images, such as ``SuperpixelAnomaly(probability=0.7, opacity=(0.1, 0.6))``.
+            It is not kept in checkpoints. ``None`` makes one of the next three arguments when training begins.
         paint: Kinds of pseudo-anomalies: ``"both"``, ``"perlin"`` or ``"superpixel"``.
         paint_probability: Share of training images that are painted, in (0, 1].
         texture_dir: Folder of images to paint with, such as DTD, instead of scikit-image's photographs.
@@ -139,6 +136,7 @@ class TwoStageSuperpixel(AnomalibModule):
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        painter: PseudoAnomalyTransform | None = None,
     ) -> None:
         super().__init__(
             pre_processor=pre_processor,
@@ -164,8 +162,8 @@ class TwoStageSuperpixel(AnomalibModule):
         if loss not in _LOSSES:
             msg = f"loss must be one of {sorted(_LOSSES)}, got {loss!r}."
             raise ValueError(msg)
-        if paint not in _PAINTERS:
-            msg = f"paint must be one of {sorted(_PAINTERS)}, got {paint!r}."
+        if paint not in PAINTERS:
+            msg = f"paint must be one of {sorted(PAINTERS)}, got {paint!r}."
             raise ValueError(msg)
         self.loss = _LOSSES[loss]()
         self.variant = variant
@@ -174,9 +172,13 @@ class TwoStageSuperpixel(AnomalibModule):
         self.paint = paint
         self.paint_probability = paint_probability
         self.texture_dir = texture_dir
-        # Made when training begins, dropped when it ends: no paint in checkpoints and exports, and a trained model
-        # loads where the texture folder does not exist.
-        self.painter: PseudoAnomalyTransform | None = None
+        # What paints while the model trains, and else what was given. One of the arguments above is made when training
+        # begins and dropped when it ends, so that a trained model loads where the texture folder does not exist.
+        self.painter: nn.Module | None = painter
+        self._given_painter = painter
+        self._data_painter: DataPainter | None = None
+        if painter is not None and (paint, paint_probability, texture_dir) != ("both", 0.7, None):
+            logger.warning("The given painter takes the place of paint, paint_probability and texture_dir.")
         # Of the last batch that was looked at for anomalies, for the visualizer.
         self.last_stages: StageMaps | None = None
         self._images_come_painted = False
@@ -186,6 +188,11 @@ class TwoStageSuperpixel(AnomalibModule):
         self._files = FileCheck()
         if self.input_size is not None:
             self._check_size(*self.input_size)
+
+    def save_hyperparameters(self, *args: Any, ignore: Any = None, frame: Any = None, **kwargs: Any) -> None:
+        """Save the arguments as Lightning does, without the painter, which is no plain data."""
+        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]  # whose arguments they are
+        super().save_hyperparameters(*args, ignore=[*(ignore or []), "painter"], frame=frame, **kwargs)
 
     def setup(self, stage: str) -> None:
         """Check the pre-processor, and make the painter before training.
@@ -210,7 +217,7 @@ class TwoStageSuperpixel(AnomalibModule):
             # One stage rests while the other learns. Said here, since Lightning has no public way and wraps soon.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit":
-            self.painter = _PAINTERS[self.paint](probability=self.paint_probability, texture_dir=self.texture_dir)
+            self._set_painter()
             # A checkpoint that is resumed is loaded later. A trainer may also go on without one.
             self._resumed = {"two_stage_switch": self._schedule.switch} if self._schedule else {}
             self._schedule = None
@@ -219,8 +226,9 @@ class TwoStageSuperpixel(AnomalibModule):
 
     def teardown(self, stage: str) -> None:
         """Drop the painter after training, and the last batch's stages."""
-        if stage == "fit":
-            self.painter = None
+        if stage == "fit" and self._data_painter is not None:
+            self._data_painter.give_back()
+            self.painter = self._given_painter
         self.last_stages = None
         self._files.leave(getattr(self.trainer, "datamodule", None))
         strategy = self.trainer.strategy
@@ -230,8 +238,7 @@ class TwoStageSuperpixel(AnomalibModule):
     def on_train_start(self) -> None:
         """See whether the datamodule paints, let each process paint differently, and take the template."""
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
-        augmentations = getattr(dataset, "augmentations", None)
-        self._images_come_painted = bool(extract_transforms_by_type(augmentations, PseudoAnomalyTransform))
+        self._images_come_painted = paints(dataset)
         step = self.trainer.global_step
         if self.trainer.world_size > 1:  # all processes start from one seed
             done = self.trainer.world_size * step
@@ -251,6 +258,9 @@ class TwoStageSuperpixel(AnomalibModule):
         if isinstance(batch, ImageBatch) and isinstance(batch.image, torch.Tensor):
             check_values(batch.image, batch.image_path or [])
             self._files.check_batch(batch)
+            trains = self._trainer is not None and self._trainer.training
+            if trains and not self._images_come_painted and batch.gt_mask is not None and not batch.gt_mask.any():
+                batch.gt_mask = None  # good images, which are still to be painted
         return batch
 
     def on_fit_start(self) -> None:
@@ -273,7 +283,7 @@ class TwoStageSuperpixel(AnomalibModule):
             )
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Paint if need be, and train the stage whose turn it is.
+        """Vary the light, paint if need be, and train the stage whose turn it is.
 
         Args:
             batch: Training images ``(B, 3, H, W)`` in [0, 1], and their masks if they come painted.
@@ -287,7 +297,11 @@ class TwoStageSuperpixel(AnomalibModule):
             ValueError: If the images are too small.
         """
         del args, kwargs
-        images, mask = self._painted(batch)
+        assert isinstance(batch, ImageBatch)
+        assert isinstance(batch.image, torch.Tensor)
+        assert self.painter is not None  # set in setup
+        self._check_size(*batch.image.shape[-2:])
+        _, images, mask = training_images(batch.image, self.painter, batch.gt_mask)
         logits = self.model.stage_one(self.model.seen(images))
         if self.model.stage == 2:
             logits = self.model.stages(images, imitate_faults(logits.float())).stage_two_logits
@@ -373,7 +387,11 @@ class TwoStageSuperpixel(AnomalibModule):
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export to torch as anomalib does, except that images are resized with antialiasing, as in training."""
         self._export_antialiasing()
-        return super().to_torch(*args, **kwargs)
+        painters, self.painter, self._given_painter = (self.painter, self._given_painter), None, None
+        try:
+            return super().to_torch(*args, **kwargs)  # pickles all that the model holds, and needs no paint
+        finally:
+            self.painter, self._given_painter = painters
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's signature
         """Export to ONNX as anomalib does, which is also the first step to OpenVINO, with two exceptions.
@@ -443,16 +461,17 @@ class TwoStageSuperpixel(AnomalibModule):
             self._schedule = TwoStageSchedule(run_length(self.trainer), self.stage_one_fraction, switch)
         return self._schedule
 
-    def _painted(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and masks ``(B, 1, H, W)`` to train on: as they come if they come painted, else lit and painted."""
-        assert isinstance(batch, ImageBatch)
-        assert isinstance(batch.image, torch.Tensor)
-        images, mask = batch.image, batch.gt_mask
-        self._check_size(*images.shape[-2:])
-        if mask is not None and (self._images_come_painted or bool(mask.any())):
-            return images, mask.reshape(len(images), 1, *images.shape[-2:]).to(images.dtype)
-        assert self.painter is not None  # made in setup
-        return self.painter(vary_illumination(images))
+    def _set_painter(self) -> None:
+        """Take over the data set's painter, or the given one, or make one of the arguments."""
+        self._data_painter = DataPainter(training_data(self.trainer))
+        painter = self._data_painter.painter
+        if painter is not None and self._given_painter is not None:
+            logger.warning("The data set's painter takes the place of the model's: take one of them out.")
+        if painter is None:
+            painter = self._given_painter
+        if painter is None:
+            painter = PAINTERS[self.paint](probability=self.paint_probability, texture_dir=self.texture_dir)
+        self.painter = painter
 
     def _good_images(self, dataset: Any) -> Iterator[torch.Tensor]:
         """Good training images as the model sees them."""

@@ -25,7 +25,7 @@ from .pixels import Pixels, list_pixels, offsets, pick, sample, sums
 from .random import choose, log_uniform, to_device, uniform
 from .textures import builtin_textures, folder_textures
 
-__all__ = ["PerlinAnomaly", "PseudoAnomaly", "SuperpixelAnomaly"]
+__all__ = ["PAINTERS", "PerlinAnomaly", "PseudoAnomaly", "PseudoAnomalyTransform", "SuperpixelAnomaly"]
 
 JUST_NOTICEABLE = 2.3
 """CIE76 delta E below which a person sees no difference (Mahy et al., 1994)."""
@@ -279,6 +279,14 @@ class PseudoAnomaly(PseudoAnomalyTransform):
             if start < len(images):
                 shapes[start::2] = painter.shapes(self, images[start::2])
         return shapes
+
+
+PAINTERS: dict[str, type[PseudoAnomalyTransform]] = {
+    "both": PseudoAnomaly,
+    "perlin": PerlinAnomaly,
+    "superpixel": SuperpixelAnomaly,
+}
+"""Painters by the name of what they paint."""
 
 
 def _stretched_noise(

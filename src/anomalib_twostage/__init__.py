@@ -24,6 +24,8 @@ from importlib.metadata import version
 from anomalib_twostage_plugin import register
 
 from .data import SampleTextures
+from .inspection.page.callback import InspectionPage
+from .inspection.page.writer import write_page
 from .inspection.regions import Region, RegionWriter, find_regions, write_regions
 from .inspection.threshold import MidwayPostProcessor
 from .inspection.visualizer import StageVisualizer
@@ -39,6 +41,7 @@ from .superpixels.slic import Slic, slic
 
 __all__ = [
     "GoldenTemplate",
+    "InspectionPage",
     "MidwayPostProcessor",
     "PaperLoss",
     "PerlinAnomaly",
@@ -58,6 +61,7 @@ __all__ = [
     "__version__",
     "find_regions",
     "slic",
+    "write_page",
     "write_regions",
 ]
 

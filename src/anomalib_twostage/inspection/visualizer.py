@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anomalib_twostage.model.lightning_model import TwoStageSuperpixel
     from anomalib_twostage.model.torch_model import StageMaps, TwoStageSuperpixelModel
 
-__all__ = ["StageVisualizer", "heat_panel", "image_panel", "mask_panel", "picture_grid"]
+__all__ = ["StageVisualizer", "heat_panel", "image_panel", "mask_panel", "picture_grid", "superpixel_panel"]
 
 _BORDER = (255, 230, 25)  # of superpixels: yellow, as in scikit-image
 _CONTOUR = (0, 230, 255)  # of the predicted mask: the one hue that the heat map lacks
@@ -217,7 +217,7 @@ class StageVisualizer(Visualizer):
         if item.gt_mask is not None:
             panels["ground truth"] = mask_panel(item.gt_mask, size)
         panels["stage one"] = heat_panel(stages.stage_one_map[index], size)
-        panels["superpixels"] = _outlined(panels["image"], stages.labels[index], _BORDER, opacity=0.6)
+        panels["superpixels"] = superpixel_panel(panels["image"], stages.labels[index])
         panels["refined image"] = image_panel(stages.refined_image[index], size)
         final = item.anomaly_map if item.anomaly_map is not None else stages.anomaly_map[index]
         panels["final map"] = heat_panel(final, size)
@@ -270,6 +270,11 @@ def heat_panel(values: torch.Tensor, size: tuple[int, int]) -> Image.Image:
     plane = _plane(values.detach().float().nan_to_num(0.0).clamp(0, 1))
     resized = np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR))
     return Image.fromarray(mpl.colormaps["inferno"](resized, bytes=True)[..., :3])
+
+
+def superpixel_panel(panel: Image.Image, labels: torch.Tensor) -> Image.Image:
+    """A panel with the borders between the superpixels ``(H, W)``."""
+    return _outlined(panel, labels, _BORDER, opacity=0.6)
 
 
 def picture_grid(

@@ -129,8 +129,13 @@ def test_command_writes_tables_and_figure(path: Path, tmp_path: Path, capsys: py
     assert cost_table(load([path])) in text
     with Image.open(tmp_path / "docs/v1.5.png") as picture:
         assert len(picture.convert("L").getcolors(1 << 16)) > 10
-    with pytest.raises(SystemExit, match=r"Error: .*missing\.csv"):
-        main([str(tmp_path / "missing.csv"), "--out", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize(("table", "out"), [("missing.csv", "x"), ("docs", "x"), ("table.csv", "table.csv/x")])
+def test_what_cannot_be_read_or_written_is_named(table: str, out: str, path: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    with pytest.raises(SystemExit, match=rf"Error: .*{table}"):
+        main([str(tmp_path / table), "--out", str(tmp_path / out)])
 
 
 def test_bars_are_the_final_maps(path: Path) -> None:

@@ -105,3 +105,18 @@ def test_failed_write_leaves_the_old_table(path: Path) -> None:
         with pytest.raises(ValueError, match="last row of a run must be that of its map 'final'"):
             table.add(rows_of(KEY._replace(seed=5), maps=(FINAL, "stage one")))
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder.csv", r"folder\.csv is a folder: give --out a file"),
+        ("file/table.csv", r"Cannot write .*file/table\.csv"),
+    ],
+)
+def test_a_place_that_is_taken_is_named(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=message):
+        ResultsTable(tmp_path / name)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "file"]

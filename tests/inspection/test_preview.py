@@ -112,9 +112,14 @@ def test_the_command_paints_with_the_given_textures_and_opacity(good: Path, tmp_
     [
         (["missing"], "missing does not exist"),
         (["empty"], "empty holds no image"),
+        (["good/0.png"], "good/0.png is a file.*give the folder"),
         (["good", "--out", "nowhere/paint.png"], "nowhere of --out does not exist"),
         (["good", "--out", "paint.xyz"], "paint.xyz"),
+        (["good", "--out", "pictures.png"], "pictures.png of --out is a folder"),
         (["good", "--image_size", "16"], "16"),
+        (["good", "--image_size", "64", "1000000"], "1000000"),
+        (["good", "--seed", str(2**70)], rf"--seed.*{2**32 - 1}.*{2**70}"),
+        (["good", "--seed", "-1"], "--seed.*-1"),
         (["good", "--image_size", "64", "64", "64"], "64, 64, 64"),
         (["good", "--count", "0"], "--count.*0"),
         (["good", "--opacity", "0.9", "0.1"], "opacity.*0.9, 0.1"),
@@ -126,7 +131,7 @@ def test_the_command_paints_with_the_given_textures_and_opacity(good: Path, tmp_
 def test_what_is_wrong_is_named_and_nothing_is_written(
     change: list[str], message: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    for name in ("empty", "broken", "deep"):
+    for name in ("empty", "broken", "deep", "pictures.png"):
         (tmp_path / name).mkdir()
     (tmp_path / "broken/broken.png").write_bytes((good / "0.png").read_bytes()[:500])
     Image.fromarray(np.full((64, 64), 3000, np.uint16)).save(tmp_path / "deep/deep.png")
@@ -137,4 +142,4 @@ def test_what_is_wrong_is_named_and_nothing_is_written(
     error = capsys.readouterr().err
     assert "error: " in error
     assert re.search(message, error), error
-    assert not list(tmp_path.glob("p*"))
+    assert not [path for path in tmp_path.rglob("p*") if path.is_file()]

@@ -162,12 +162,13 @@ class TestWriteRegions:
         write_regions(REGIONS, path)
         before = path.read_text(encoding="utf-8")
 
-        def full_disk(rows: object, file: object, **options: object) -> None:
-            file.write("[{")
+        def full_disk(place: Path, text: str, **options: object) -> None:
+            with place.open("w") as file:
+                file.write(text[:2])
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(json, "dump", full_disk)
+            patch.setattr(Path, "write_text", full_disk)
             with pytest.raises(OSError, match=r"Cannot write regions to .*regions.json \(No space left on device\)"):
                 write_regions(REGIONS[:1], path)
         assert path.read_text(encoding="utf-8") == before

@@ -18,9 +18,9 @@ def batch(scores: torch.Tensor, labels: torch.Tensor) -> ImageBatch:
     return ImageBatch(image=torch.zeros(len(scores), 3, 4, 4), pred_score=scores, gt_label=labels)
 
 
-def thresholds(scores: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+def thresholds(scores: torch.Tensor, labels: torch.Tensor, bins: int | None = None) -> tuple[float, float]:
     """Ours and anomalib's."""
-    metrics = MidwayF1Threshold(fields=FIELDS), F1AdaptiveThreshold(fields=FIELDS)
+    metrics = [kind(fields=FIELDS, thresholds=bins) for kind in (MidwayF1Threshold, F1AdaptiveThreshold)]
     for metric in metrics:
         metric.update(batch(scores, labels))
     return float(metrics[0].compute()), float(metrics[1].compute())
@@ -40,9 +40,33 @@ def test_no_score_is_on_the_threshold_and_none_labels_better(seed: int) -> None:
     assert f1_score(labels, scores > ours) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("bins", [3, 11, 200])
+def test_binned_it_labels_as_well_as_the_best_bin_without_keeping_scores(bins: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    labels = torch.randint(0, 2, (40,))
+    scores = (torch.rand(40) + 0.5 * labels).mul(20).round().clamp(max=20) / 20  # with ties, some of them on bins
+    ours, theirs = (kind(fields=FIELDS, thresholds=bins) for kind in (MidwayF1Threshold, F1AdaptiveThreshold))
+    for metric in (ours, theirs):
+        for some, their in zip(scores.split(7), labels.split(7), strict=True):
+            metric.update(batch(some, their))
+    threshold = ours.compute()
+    assert torch.equal(scores > threshold, scores >= theirs.compute())
+    best = max(f1_score(labels, scores >= candidate) for candidate in torch.linspace(0, 1, bins))
+    assert f1_score(labels, scores > threshold) == pytest.approx(best)
+    assert sum(state.numel() for state in ours.metric_state.values()) == 4 * bins
+
+
+def test_binned_it_stands_between_the_bins_where_no_score_is() -> None:
+    metric = MidwayF1Threshold(fields=FIELDS, thresholds=11)
+    metric.update(batch(torch.tensor([0.12, 0.25, 0.85, 0.9]), torch.tensor([0, 0, 1, 1])))
+    assert float(metric.compute()) == pytest.approx(0.55)  # 0.3 to 0.8
+
+
 @pytest.mark.parametrize("label", [0, 1])
-def test_one_class_alone_keeps_the_threshold_of_anomalib(label: int) -> None:
-    ours, theirs = thresholds(torch.tensor([0.2, 0.5, 0.4]), torch.full((3,), label))
+@pytest.mark.parametrize("bins", [None, 11])
+def test_one_class_alone_keeps_the_threshold_of_anomalib(label: int, bins: int | None) -> None:
+    ours, theirs = thresholds(torch.tensor([0.2, 0.5, 0.4]), torch.full((3,), label), bins)
     assert ours == theirs
 
 

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from PIL import Image
 from scipy import ndimage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_twostage import StageVisualizer, TwoStageSuperpixel
@@ -240,6 +241,23 @@ class TestTestAndPredict:
             model = make_model(visualizer=StageVisualizer(panel_size=100), pre_processor=PreProcessor(transform))
             make_engine(tmp_path / "out").predict(model, dataset=PredictDataset(tmp_path / "wide.png"))
         assert [rows[0]["image"].shape[:2] for rows, _ in drawn] == [(50, 100), (100, 100)]
+
+    def test_equal_names_in_different_folders_get_pictures_of_their_own(self, tmp_path: Path) -> None:
+        greys = {"a/x/1.png": 40, "b/x/1.png": 120, "b/x/2.png": 160, "c/b/x/1.png": 220}
+        for name, grey in greys.items():
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (SIZE, SIZE), (grey,) * 3).save(tmp_path / "in" / name)
+        data = PredictDataset(tmp_path / "in")
+        # A process of several sees only some of the images, so the places must not depend on what came before.
+        for folder, order in (("out", range(4)), ("reversed", range(3, -1, -1))):
+            loader = DataLoader(data, batch_size=2, sampler=list(order), collate_fn=data.collate_fn)
+            model = make_model(visualizer=StageVisualizer(SIZE, output_dir=tmp_path / folder))
+            make_engine(tmp_path).predict(model, dataloaders=loader)
+            places = dict(zip(["x/1.png", "b/x/1.png", "x/2.png", "c/b/x/1.png"], greys.values(), strict=True))
+            assert files(tmp_path / folder) == places.keys()
+            for name, grey in places.items():
+                pixels = np.asarray(Image.open(tmp_path / folder / name))
+                assert (pixels == grey).all(axis=2).sum() >= SIZE * SIZE
 
     def test_images_without_a_file_are_numbered(self, tmp_path: Path) -> None:
         class Camera(torch.utils.data.Dataset):

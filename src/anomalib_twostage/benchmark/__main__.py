@@ -12,7 +12,7 @@ def main() -> None:
     arguments = comparison.get_parser().parse_args()
     try:
         comparison.run(arguments)
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"Error: {error}")
 
 

@@ -2,6 +2,7 @@
 """The comparison: every model on every category with every seed, under one budget."""
 
 import json
+import math
 import sys
 from collections.abc import Generator
 from inspect import signature
@@ -14,6 +15,7 @@ from anomalib.pipelines.components import JobGenerator, Pipeline, Runner
 from anomalib.pipelines.components.runners import SerialRunner
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat
+from lightning.fabric.utilities.seed import max_seed_value
 from lightning.pytorch import Trainer
 
 from .job import ComparisonJob, recorded_settings
@@ -83,7 +85,8 @@ class Comparison(Pipeline):
         Raises:
             RuntimeError: If a training failed, after all others had their turn, or if another process is writing
                 the table.
-            FileNotFoundError: If images are missing. Nothing is downloaded in the middle of a comparison.
+            OSError: If images are missing, or the table cannot be written. Nothing is downloaded in the middle of a
+                comparison.
             ValueError: If the configuration is contradictory, or not that of the rows in the table.
         """
         try:
@@ -160,6 +163,11 @@ def _key(settings: RunSettings) -> RunKey:
 
 def _runs(config: dict[str, Any]) -> list[RunSettings]:
     """All trainings of a configuration, done or not, seed by seed."""
+    outside = [seed for seed in config["seeds"] if not 0 <= seed <= max_seed_value]
+    if outside:
+        # Lightning would draw another one and go on.
+        msg = f"Seeds must be from 0 to {max_seed_value}, got {', '.join(map(str, outside))}."
+        raise ValueError(msg)
     models = config["models"] or {}
     unknown = [label for label in config["labels"] or () if label not in models]
     if unknown:
@@ -196,7 +204,7 @@ def _check_budget(config: dict[str, Any]) -> None:
     if config["out"] is None:
         msg = "Say where the results go: --out results.csv."
         raise ValueError(msg)
-    if (steps > 0) == (config["max_seconds"] is not None):
+    if (steps > 0) == (config["max_seconds"] is not None) or config["max_seconds"] == math.inf:
         msg = (
             "The budget is either trainer.max_steps, optimiser steps, or max_seconds, seconds of training; "
             f"got max_steps={steps} and max_seconds={config['max_seconds']}."

@@ -131,14 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     try:
         rows = choose(load(parsed.tables), label=parsed.labels, category=parsed.categories)
-    except (FileNotFoundError, ValueError) as error:
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        text = f"{quality_table(rows)}\n{cost_table(rows)}"
+        Path(f"{parsed.out}.md").write_text(text, encoding="utf-8")
+        figure = draw(rows)
+        figure.savefig(f"{parsed.out}.png", dpi=80)
+        plt.close(figure)
+    except (OSError, ValueError) as error:
         sys.exit(f"Error: {error}")
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    text = f"{quality_table(rows)}\n{cost_table(rows)}"
-    Path(f"{parsed.out}.md").write_text(text, encoding="utf-8")
-    figure = draw(rows)
-    figure.savefig(f"{parsed.out}.png", dpi=80)
-    plt.close(figure)
     print(text)
 
 

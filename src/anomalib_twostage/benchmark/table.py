@@ -4,13 +4,14 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
+
+from anomalib_twostage.common.files import written_whole
 
 __all__ = ["COLUMNS", "FINAL", "KEYS", "METRICS", "ResultsTable", "Row", "RunKey", "read_rows"]
 
@@ -117,6 +118,7 @@ class ResultsTable:
     Raises:
         RuntimeError: If another process is filling the same file.
         ValueError: If the file is no such table.
+        OSError: If the path is a folder, or cannot be written.
 
     Example:
         >>> with ResultsTable(Path("results.csv")) as table:  # doctest: +SKIP
@@ -125,13 +127,19 @@ class ResultsTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{path}.lock")
+        if path.is_dir():
+            msg = f"{path} is a folder: give --out a file, such as {path / 'results.csv'}."
+            raise IsADirectoryError(msg)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             msg = f"Another process is writing {path}: wait for it, or write to another file (--out)."
             raise RuntimeError(msg) from error
+        except OSError as error:
+            msg = f"Cannot write {path} ({error.strerror or error}): free the place or write to another file (--out)."
+            raise OSError(msg) from error
         self.rows: list[Row] = []
         self.left_out: list[str] = []
         try:
@@ -159,12 +167,8 @@ class ResultsTable:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(_to_text(row) for row in (*self.rows, *added))
-        temporary = self.path.with_name(f"{self.path.name}.part")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        with written_whole(self.path) as partial:
+            partial.write_text(text.getvalue(), encoding="utf-8", newline="")
         self.rows += added
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from anomalib.data.utils.image import is_image_file
+from lightning.fabric.utilities.seed import max_seed_value
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
@@ -27,6 +28,7 @@ __all__ = ["draw_paint", "main", "read_images"]
 
 _LONGEST_PANEL = 192  # pixels; seven panels side by side should fit on a screen
 _SMALLEST_IMAGE = 64  # what the small and the default variant need
+_LARGEST_IMAGE = 8192  # a row of larger panels does not fit into memory
 
 
 def read_images(folder: str | Path, image_size: tuple[int, int] = (256, 256), count: int = 8) -> torch.Tensor:
@@ -42,9 +44,13 @@ def read_images(folder: str | Path, image_size: tuple[int, int] = (256, 256), co
 
     Raises:
         FileNotFoundError: If the folder is missing or holds no image.
+        NotADirectoryError: If it is a file.
         ValueError: If a file cannot be read or has more than 8 bits a channel.
     """
     folder = Path(folder)
+    if folder.is_file():
+        msg = f"{folder} is a file: give the folder that holds the good images."
+        raise NotADirectoryError(msg)
     if not folder.is_dir():
         msg = f"The folder {folder} does not exist: give a folder of good images."
         raise FileNotFoundError(msg)
@@ -116,8 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _preview(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    if not 1 <= len(options.image_size) <= 2 or min(options.image_size) < _SMALLEST_IMAGE:
-        msg = f"--image_size must be one or two numbers of at least {_SMALLEST_IMAGE}, got {options.image_size}."
+    sides = options.image_size
+    if not 1 <= len(sides) <= 2 or min(sides) < _SMALLEST_IMAGE or max(sides) > _LARGEST_IMAGE:
+        msg = f"--image_size must be one or two numbers from {_SMALLEST_IMAGE} to {_LARGEST_IMAGE}, got {sides}."
+        raise ValueError(msg)
+    if not 0 <= options.seed <= max_seed_value:
+        msg = f"--seed must be from 0 to {max_seed_value}, got {options.seed}."
         raise ValueError(msg)
     if options.count < 1:
         msg = f"--count must be at least 1, got {options.count}."
@@ -128,7 +138,10 @@ def _preview(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         msg = f"--out must end in .png or .jpg, got {options.out}."
         raise ValueError(msg)
-    images = read_images(options.folder, (options.image_size[0], options.image_size[-1]), options.count)
+    if options.out.is_dir():
+        msg = f"{options.out} of --out is a folder: give the name of a picture in it."
+        raise IsADirectoryError(msg)
+    images = read_images(options.folder, (sides[0], sides[-1]), options.count)
     torch.manual_seed(options.seed)
     settings = {"probability": 1.0, "opacity": tuple(options.opacity), "texture_dir": options.texture_dir}
     painters = {"Perlin paint": PerlinAnomaly(**settings), "superpixel paint": SuperpixelAnomaly(**settings)}

@@ -5,20 +5,20 @@ Coordinates count pixels from the upper left corner, x to the right and y down. 
 but not including, ``x_max`` and ``y_max``, so that its width is ``x_max - x_min``.
 """
 
-import csv
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from skimage.measure import label, regionprops
 
+from anomalib_twostage.common.files import written_whole
 from anomalib_twostage.common.resize import shows_whole_image
 
 from .prediction_reader import PredictionReader
@@ -143,7 +143,11 @@ def write_regions(regions: Iterable[Region], path: str | Path) -> None:
     rows = [_row(region) for region in regions]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, rows)
+        with written_whole(path) as partial:
+            if path.suffix == ".json":
+                partial.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            else:
+                pd.DataFrame(rows, columns=_COLUMNS, dtype=object).to_csv(partial, index=False)
     except OSError as error:
         msg = f"Cannot write regions to {path} ({error.strerror or error}): free the place or choose another."
         raise OSError(msg) from error
@@ -280,22 +284,6 @@ def _row(region: Region) -> dict[str, Any]:
     image_box = region.image_box or (None, None, None, None)
     scores = (region.mean_score, region.peak_score)
     return dict(zip(_COLUMNS, (region.image_path, *region.box, *image_box, region.area, *scores), strict=True))
-
-
-def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            if path.suffix == ".json":
-                json.dump(rows, file, indent=2, ensure_ascii=False)
-                file.write("\n")
-            else:
-                writer = csv.DictWriter(file, _COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _file_size(path: str) -> tuple[int, int] | None:

@@ -32,6 +32,8 @@ class MidwayF1Threshold(F1AdaptiveThreshold):
     """F1-optimal threshold, halfway between the lowest score that counts as anomalous and the next lower one.
 
     Where there is no lower score, or the validation set lacks normal or anomalous samples, it is anomalib's threshold.
+    With ``thresholds``, that is in anomalib's binned mode, which keeps counts instead of scores, it is halfway between
+    the lowest and the highest bin that tell the samples apart as well as the best one.
 
     Example:
         >>> from anomalib.data import ImageBatch
@@ -47,6 +49,12 @@ class MidwayF1Threshold(F1AdaptiveThreshold):
         threshold = super().compute()
         if not (self._has_anomalous_samples() and self._has_normal_samples()):
             return threshold
+        if self.thresholds is not None:
+            counts = self.confmat.flatten(1)
+            best = counts[int((self.thresholds == threshold).int().argmax())]
+            highest = self.thresholds[(counts == best).all(dim=1)].amax()
+            # Scores on the threshold count, here too.
+            return torch.minimum((threshold + highest) / 2, highest.nextafter(threshold - 1))
         scores = dim_zero_cat(self.preds)
         lower = scores[scores < threshold]
         return (threshold + lower.max()) / 2 if len(lower) else threshold

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import torch
 from anomalib.data import Batch, ImageBatch, ImageItem
 from anomalib.loggers import AnomalibMLFlowLogger
@@ -41,7 +43,8 @@ class StageVisualizer(Visualizer):
     From left to right: the image as the model sees it, in the proportions of its file; the ground truth, if known;
     stage one's map; the borders of the superpixels; the refined image; the final map as reported, that is after
     the post-processor, with the contour of the predicted mask. The file has the path that anomalib's own
-    ``ImageVisualizer`` would give it.
+    ``ImageVisualizer`` would give it, which is mostly name and folder of the image's file; where another image of the
+    run has that path, more of the folders above go before it.
 
     During training, painted examples go to the loggers after each validation, if there is one that takes images
     (anomalib's, or Lightning's ``TensorBoardLogger``): the image, what was painted, its mask, stage one's map and
@@ -73,6 +76,9 @@ class StageVisualizer(Visualizer):
         self.log_examples = log_examples
         # Clean images, painted images and masks of the last training batch.
         self._example: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        # Where the pictures of this run's images go.
+        self._places: dict[str, Path] = {}
+        self._taken: set[Path] = set()
 
     def visualize(self, predictions: ImageBatch, stages: StageMaps, *, stretch: bool = True) -> list[Image.Image]:
         """Draw the stages of a batch.
@@ -138,6 +144,16 @@ class StageVisualizer(Visualizer):
         for logger in _image_loggers(trainer):
             _log(logger, picture, "training_examples", trainer.global_step)
 
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give each image's picture its place, the same in all processes."""
+        del pl_module
+        self._give_places(trainer, trainer.test_dataloaders)
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give each image's picture its place, the same in all processes."""
+        del pl_module
+        self._give_places(trainer, trainer.predict_dataloaders)
+
     def on_test_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
@@ -152,24 +168,20 @@ class StageVisualizer(Visualizer):
         Raises:
             OSError: If a picture cannot be written.
         """
-        del outputs, dataloader_idx
+        del outputs
         assert isinstance(batch, ImageBatch)
         assert pl_module.last_stages is not None  # of the step that has just ended
         stretch = shows_whole_image(getattr(pl_module.pre_processor, "transform", None))
-        folder, datamodule = self._folder(trainer), getattr(trainer, "datamodule", None)
         pictures = self.visualize(batch, pl_module.last_stages, stretch=stretch)
+        source = "".join(f"{name}{i}_" for name, i in (("rank", trainer.global_rank), ("loader", dataloader_idx)) if i)
         for index, picture in enumerate(pictures):
-            name = batch.image_path[index] if batch.image_path else f"{batch_idx:04}_{index:02}.png"
+            number = f"{source}{batch_idx:04}_{index:02}.png"
+            path = self._place(trainer, batch.image_path[index] if batch.image_path else number)
             try:
-                path = generate_output_filename(
-                    input_path=name,
-                    output_path=folder,
-                    dataset_name=getattr(datamodule, "name", None),
-                    category=getattr(datamodule, "category", None),
-                )
+                path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path)
             except OSError as error:
-                raise _cannot_write(folder, error) from error
+                raise _cannot_write(self._folder(trainer), error) from error
 
     def on_predict_batch_end(  # type: ignore[override]
         self,
@@ -189,6 +201,31 @@ class StageVisualizer(Visualizer):
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "images" if self.output_dir is None else Path(self.output_dir)
+
+    def _give_places(self, trainer: Trainer, dataloaders: Any) -> None:
+        self._places, self._taken = {}, set()
+        for loader in dataloaders if isinstance(dataloaders, list | tuple) else [dataloaders]:
+            for name in _image_paths(getattr(loader, "dataset", None)):
+                self._place(trainer, name)
+
+    def _place(self, trainer: Trainer, name: str) -> Path:
+        """Where the picture of an image goes: anomalib's place, or one of its own if that is another image's."""
+        if name not in self._places:
+            folder, datamodule = self._folder(trainer), getattr(trainer, "datamodule", None)
+            place = generate_output_filename(
+                input_path=name,
+                output_path=folder,
+                dataset_name=getattr(datamodule, "name", None),
+                category=getattr(datamodule, "category", None),
+                mkdir=False,
+            )
+            parts = Path(name).relative_to(Path(name).anchor).parts
+            deeper = (folder.joinpath(*parts[-n:]) for n in range(len(place.relative_to(folder).parts), len(parts) + 1))
+            numbered = (place.with_stem(f"{place.stem}_{n}") for n in count(2))
+            place = next(place for place in chain([place], deeper, numbered) if place not in self._taken)
+            self._places[name] = place
+            self._taken.add(place)
+        return self._places[name]
 
     @staticmethod
     def _check_folder(folder: Path) -> None:
@@ -347,6 +384,14 @@ def _caption(item: ImageItem) -> str:
 
 def _word(label: torch.Tensor) -> str:
     return "anomalous" if bool(label) else "normal"
+
+
+def _image_paths(dataset: Any) -> list[str]:
+    """Paths of all images of a data set of anomalib; none of others."""
+    samples = getattr(dataset, "samples", None)
+    if isinstance(samples, pd.DataFrame) and "image_path" in samples:
+        return [str(path) for path in samples["image_path"]]
+    return [str(path) for path in getattr(dataset, "image_filenames", [])]
 
 
 def _cannot_write(folder: Path, error: OSError) -> OSError:

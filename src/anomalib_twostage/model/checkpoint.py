@@ -18,6 +18,8 @@ import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from anomalib_twostage.common.files import written_whole
+
 from .torch_model import VARIANTS, pack_state
 
 __all__ = [
@@ -33,7 +35,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_PARTIAL = ".partial"
 _FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
 
 
@@ -52,9 +53,8 @@ class VerifiedCheckpointIO(CheckpointIO):
         if _is_remote(path):
             self.checkpoint_io.save_checkpoint(checkpoint, path, *args, **kwargs)
             return
-        partial = Path(f"{path}{_PARTIAL}")
-        self.checkpoint_io.save_checkpoint(checkpoint, partial, *args, **kwargs)
-        partial.replace(path)
+        with written_whole(path) as partial:
+            self.checkpoint_io.save_checkpoint(checkpoint, partial, *args, **kwargs)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint of weights and plain values.

@@ -31,7 +31,6 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerC
 from torch import nn
 from torchvision.transforms.v2 import Resize
 
-from anomalib_twostage.common.resize import exportable_transform
 from anomalib_twostage.inspection.threshold import MidwayPostProcessor
 from anomalib_twostage.inspection.visualizer import StageVisualizer
 from anomalib_twostage.pseudo_anomaly import (
@@ -54,9 +53,9 @@ from .checkpoint import (
     set_random_state,
 )
 from .checks import FileCheck, check_fraction, check_precision, check_size, check_values, refuse_normalization
+from .export import FaithfulExport
 from .good_images import good_images, training_data
 from .loss import PaperLoss, SegmentationLoss
-from .quantization import quantize_networks_only
 from .schedule import TwoStageSchedule, run_length
 from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
 
@@ -69,7 +68,7 @@ _RESUMED = ("global_step", "two_stage_random_state", "two_stage_switch")  # what
 _TEMPLATE_IMAGES = 500  # more change the statistics little
 
 
-class TwoStageSuperpixel(AnomalibModule):
+class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc]  # to_onnx is anomalib's, not Lightning's
     """Two-stage superpixel anomaly detection.
 
     The first ``stage_one_fraction`` of the run's optimiser steps trains stage one, the rest stage two with stage
@@ -385,23 +384,12 @@ class TwoStageSuperpixel(AnomalibModule):
             self._resumed = {name: checkpoint[name] for name in _RESUMED if name in checkpoint}
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export to torch as anomalib does, except that images are resized with antialiasing, as in training."""
-        self._export_antialiasing()
+        """Export to torch as anomalib does, except that images are transformed as in training."""
         painters, self.painter, self._given_painter = (self.painter, self._given_painter), None, None
         try:
             return super().to_torch(*args, **kwargs)  # pickles all that the model holds, and needs no paint
         finally:
             self.painter, self._given_painter = painters
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # anomalib's signature
-        """Export to ONNX as anomalib does, which is also the first step to OpenVINO, with two exceptions.
-
-        Images are resized with antialiasing, as in training, and the opset is the lowest that holds the graph (18)
-        unless told otherwise.
-        """
-        self._export_antialiasing()
-        kwargs.setdefault("opset_version", 18)
-        return super().to_onnx(*args, **kwargs)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -437,16 +425,6 @@ class TwoStageSuperpixel(AnomalibModule):
         self._check_size(*batch.image.shape[-2:])
         self.last_stages = stages = self.model.stages(batch.image)
         return batch.update(anomaly_map=stages.anomaly_map, pred_score=self.model.score(stages.anomaly_map))
-
-    def _compress_ov_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compress an OpenVINO model as anomalib does, but quantise nothing besides the two networks."""
-        model = model.clone()  # without the loose ends of the conversion, on which NNCF stumbles
-        with quantize_networks_only(model):
-            return super()._compress_ov_model(model, *args, **kwargs)
-
-    def _export_antialiasing(self) -> None:
-        if isinstance(self.pre_processor, PreProcessor):
-            self.pre_processor.export_transform = exportable_transform(self.pre_processor.transform)
 
     @property
     def schedule(self) -> TwoStageSchedule:

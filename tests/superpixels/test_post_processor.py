@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import gc
 import io
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,25 @@ class TestForward:
             twin.post_processor.blend = 1.0
             torch.testing.assert_close(twin(images).anomaly_map, refined(images, blend=1.0))
         torch.testing.assert_close(model(images).anomaly_map, refined(images))
+
+    def test_a_copy_serves_another_model(self) -> None:
+        first, images = Host(False, post_processor()), pictures(1)
+        second = Host(False, copy.deepcopy(first.post_processor)).eval()
+        third = Host(False, first.post_processor).eval()
+        torch.testing.assert_close(second(images).anomaly_map, refined(images))
+        torch.testing.assert_close(third(images).anomaly_map, refined(images))
+
+    def test_it_looks_out_for_models_only_while_it_lives(self) -> None:
+        def watchers() -> list[str]:
+            return [hook.__module__ for hook in torch.nn.modules.module._global_module_registration_hooks.values()]
+
+        gc.collect()
+        assert SuperpixelPostProcessor.__module__ not in watchers()
+        model = Host(False, post_processor())
+        assert watchers().count(SuperpixelPostProcessor.__module__) == 1
+        del model
+        gc.collect()
+        assert SuperpixelPostProcessor.__module__ not in watchers()
 
     def test_training_sees_the_models_own_output(self) -> None:
         model, images = Host(False, post_processor()).train(), pictures()

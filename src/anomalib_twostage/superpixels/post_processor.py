@@ -4,10 +4,12 @@
 A post-processor has to do without the image in one place. In validation, test and prediction it is a callback and gets
 the whole batch. In the model's forward pass, which is also what is exported, anomalib hands it the predictions alone.
 There a forward hook on the inner model adds the image to its predictions; nothing is kept between two calls, so
-nothing can be stale, and a trace sees the image as what it is, a result of the input.
+nothing can be stale, and a trace sees the image as what it is, a result of the input. anomalib tells a post-processor
+nothing of its model either, so each looks out, as long as it lives, for a model that takes it.
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -65,6 +67,12 @@ class SuperpixelPostProcessor(PostProcessor):
         self.compactness = compactness
         self.blend = blend
         self._apply_settings()
+        self._look_out()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state of a copy or pickle."""
+        super().__setstate__(state)
+        self._look_out()
 
     def refine(self, images: torch.Tensor, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Snap anomaly maps to the superpixels of their images.
@@ -182,6 +190,21 @@ class SuperpixelPostProcessor(PostProcessor):
             raise ValueError(msg)
         self.slic = Slic(self.segment_size, self.compactness)
 
+    def _look_out(self) -> None:
+        """Give the inner model of whatever takes this post-processor its hook, whichever of the two comes first."""
+        this = weakref.ref(self)
+
+        def introduce(host: nn.Module, name: str, submodule: nn.Module | None) -> None:
+            modules = {**host._modules, name: submodule} if name in ("model", "post_processor") else {}
+            inner = modules.get("model")
+            if inner is None or modules.get("post_processor") is not this():
+                return
+            hooks = [hook for hook in inner._forward_hooks.values() if isinstance(hook, partial)]
+            if not any(hook.func is _add_image and hook.args == (host,) for hook in hooks):
+                inner.register_forward_hook(partial(_add_image, host), with_kwargs=True)
+
+        weakref.finalize(self, register_module_module_registration_hook(introduce).remove)
+
     def _refine_batch(self, pl_module: LightningModule, batch: Batch) -> None:
         assert isinstance(batch.image, torch.Tensor)
         images = _without_normalisation(batch.image, getattr(pl_module, "pre_processor", None))
@@ -218,21 +241,6 @@ def _add_image(
     predictions.image = args[0] if args else next(iter(kwargs.values()))
     predictions.pre_processor = getattr(host, "pre_processor", None)
     return predictions
-
-
-def _introduce(host: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Registration hook of all modules: notice when a model has got both its post-processor and its inner model."""
-    if name == "model":
-        inner, post_processor = submodule, host._modules.get("post_processor")
-    elif name == "post_processor":
-        inner, post_processor = host._modules.get("model"), submodule
-    else:
-        return
-    if inner is None or not isinstance(post_processor, SuperpixelPostProcessor):
-        return
-    hooks = inner._forward_hooks.values()
-    if not any(isinstance(hook, partial) and hook.func is _add_image and hook.args == (host,) for hook in hooks):
-        inner.register_forward_hook(partial(_add_image, host), with_kwargs=True)
 
 
 def _map_of(predictions: Batch | InferenceBatch) -> torch.Tensor:
@@ -276,6 +284,5 @@ def _check_range(images: torch.Tensor) -> None:
         raise ValueError(msg)
 
 
-register_module_module_registration_hook(_introduce)
 # A checkpoint may name this class: calling it without arguments runs nothing of the checkpoint.
 torch.serialization.add_safe_globals([SuperpixelPostProcessor])

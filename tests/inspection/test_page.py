@@ -12,6 +12,7 @@ from anomalib.data import ImageBatch, InferenceBatch, PredictDataset, VideoBatch
 from anomalib.engine import Engine
 from anomalib.models import Padim
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from anomalib_twostage import InspectionPage, MidwayPostProcessor, TwoStageSuperpixel, find_regions, write_page
@@ -289,6 +290,10 @@ class TestCallback:
         model = Bright(Compose([Resize((40, 60)), CenterCrop((20, 30))]))
         run(InspectionPage(tmp_path / "out"), model, files(tmp_path, 1), tmp_path, "test")
         assert read_page(tmp_path / "out")[0]["images"][0]["size"] == [30, 20]
+        cropped = PredictDataset(tmp_path / "0.png", transform=CenterCrop((30, 20)))
+        loader = DataLoader(cropped, collate_fn=ImageBatch.collate)
+        run(InspectionPage(tmp_path / "data"), Bright(), loader, tmp_path, "test")
+        assert read_page(tmp_path / "data")[0]["images"][0]["size"] == [20, 30]
 
     def test_the_post_processors_thresholds(self, tmp_path: Path) -> None:
         model = Bright()

@@ -7,13 +7,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.data import ImageBatch, InferenceBatch, PredictDataset
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from scipy import ndimage
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
+from torchvision.transforms.v2 import (
+    CenterCrop,
+    ColorJitter,
+    Compose,
+    Lambda,
+    Normalize,
+    Pad,
+    RandomCrop,
+    RandomHorizontalFlip,
+    Resize,
+    Transform,
+)
 
 from anomalib_twostage.inspection.regions import Box, Region, RegionWriter, find_regions, write_regions
 
@@ -200,7 +211,8 @@ class Bright(LightningModule):
         return [self.post_processor]
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> ImageBatch:
-        maps = batch.image.mean(dim=1)
+        transform = self.pre_processor.transform
+        maps = (batch.image if transform is None else transform(batch.image)).mean(dim=1)
         return batch.update(anomaly_map=maps, pred_score=maps.amax(dim=(1, 2)))
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> ImageBatch:
@@ -220,7 +232,7 @@ def files(folder: Path, count: int = 5) -> list[ImageBatch]:
     ]
 
 
-def run(writer: RegionWriter, model: Bright, batches: list[ImageBatch], folder: Path, stage: str) -> None:
+def run(writer: RegionWriter, model: Bright, batches: list[ImageBatch] | DataLoader, folder: Path, stage: str) -> None:
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
@@ -230,7 +242,8 @@ def run(writer: RegionWriter, model: Bright, batches: list[ImageBatch], folder: 
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    getattr(trainer, stage)(model, DataLoader(batches, batch_size=None))
+    data = batches if isinstance(batches, DataLoader) else DataLoader(batches, batch_size=None)
+    getattr(trainer, stage)(model, data)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -267,16 +280,35 @@ class TestRegionWriter:
         assert len((tmp_path / "regions_test.csv").read_text().splitlines()) == 1 + 4
 
     @pytest.mark.parametrize(
-        ("transform", "known"),
+        ("before", "transform", "known"),
         [
-            (Compose([Resize((20, 30)), Normalize([0.0] * 3, [1.0] * 3)]), True),
-            (Compose([Resize((40, 60)), CenterCrop((20, 30))]), False),
+            (None, None, True),
+            (None, Compose([Resize((20, 30)), Normalize([0.0] * 3, [1.0] * 3)]), True),
+            (None, Compose([Resize((40, 90)), CenterCrop((24, 60)), Resize((48, 30))]), True),
+            (CenterCrop((30, 60)), Resize((60, 60)), True),
+            (Compose([Compose([Pad(6)]), ColorJitter(0.01)]), Resize((52, 51)), True),
+            (RandomHorizontalFlip(1.0), Resize((20, 45)), True),
+            (RandomCrop((39, 88)), Resize((20, 45)), False),
+            (Lambda(lambda image: image[..., 2:, 2:]), Resize((20, 45)), False),
         ],
     )
-    def test_boxes_in_the_file_are_unknown_after_a_crop(self, transform: Compose, known: bool, tmp_path: Path) -> None:
-        run(RegionWriter(), Bright(transform), files(tmp_path, 1), tmp_path, "test")
-        with (tmp_path / "regions_test.csv").open(newline="") as file:
-            assert {bool(row["image_x_max"]) for row in csv.DictReader(file)} == {known}
+    @pytest.mark.parametrize("stage", ["test", "predict"])
+    def test_boxes_in_the_file_hold_the_defect(
+        self, stage: str, before: Transform | None, transform: Transform | None, known: bool, tmp_path: Path
+    ) -> None:
+        picture = np.full((40, 90, 3), 20, np.uint8)
+        picture[16:22, 57:64] = 255
+        Image.fromarray(picture).save(tmp_path / "0.png")
+        loader = DataLoader(PredictDataset(tmp_path / "0.png", transform=before), collate_fn=ImageBatch.collate)
+        run(RegionWriter(threshold=0.6), Bright(transform), loader, tmp_path, stage)
+        with (tmp_path / f"regions_{stage}.csv").open(newline="") as file:
+            (row,) = csv.DictReader(file)
+        box = [row[f"image_{edge}"] for edge in Box._fields]
+        if known:
+            # Within what one pixel of the map and of the resizing covers.
+            assert np.abs(np.array(box, dtype=int) - (57, 16, 64, 22)).max() <= 3
+        else:
+            assert box == [""] * 4
 
     def test_images_without_a_file(self, tmp_path: Path) -> None:
         batches = files(tmp_path, 1)

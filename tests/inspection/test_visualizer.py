@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import ndimage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, Lambda, Resize
 
 from anomalib_twostage import StageVisualizer, TwoStageSuperpixel
 from anomalib_twostage.inspection import visualizer
@@ -234,13 +234,21 @@ class TestTestAndPredict:
             assert np.abs(difference).max() <= 4
         assert len(drawn) == 6
 
-    def test_a_cropped_image_keeps_its_own_proportions(self, tmp_path: Path, drawn: list) -> None:
+    def test_images_have_the_proportions_that_they_have_in_the_file(self, tmp_path: Path, drawn: list) -> None:
         Image.new("RGB", (200, 100), (90, 90, 90)).save(tmp_path / "wide.png")
-        transforms = (Resize((SIZE, SIZE)), Compose([Resize((80, 80)), CenterCrop((SIZE, SIZE))]))
-        for transform in transforms:
+        squash = Resize((SIZE, SIZE))
+        for before, transform in [
+            (None, squash),
+            (None, Compose([Resize((80, 80)), CenterCrop((SIZE, SIZE))])),
+            (CenterCrop(80), squash),  # a square of the file
+            (Compose([Resize((50, 50)), CenterCrop((50, 20))]), squash),  # 80 pixels of the file wide, 100 high
+            (Lambda(lambda image: image[..., :40]), squash),  # who knows
+        ]:
             model = make_model(visualizer=StageVisualizer(panel_size=100), pre_processor=PreProcessor(transform))
-            make_engine(tmp_path / "out").predict(model, dataset=PredictDataset(tmp_path / "wide.png"))
-        assert [rows[0]["image"].shape[:2] for rows, _ in drawn] == [(50, 100), (100, 100)]
+            data = PredictDataset(tmp_path / "wide.png", transform=before)
+            make_engine(tmp_path / "out").predict(model, dataset=data)
+        shapes = [rows[0]["image"].shape[:2] for rows, _ in drawn]
+        assert shapes == [(50, 100), (50, 100), (100, 100), (100, 80), (100, 100)]
 
     def test_equal_names_in_different_folders_get_pictures_of_their_own(self, tmp_path: Path) -> None:
         greys = {"a/x/1.png": 40, "b/x/1.png": 120, "b/x/2.png": 160, "c/b/x/1.png": 220}

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
+from torchvision.transforms.v2 import Transform
 
-__all__ = ["AntialiasedResize", "antialiased_resize", "shows_whole_image"]
+__all__ = ["AntialiasedResize", "antialiased_resize"]
 
 
 class AntialiasedResize(Transform):
@@ -69,10 +68,3 @@ def _weights(old: int, new: int, like: torch.Tensor, interpolation: str) -> torc
         far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
         share = torch.where(distance < 1, near, torch.where(distance < 2, far, torch.zeros_like(far)))
     return share / share.sum(dim=1, keepdim=True)
-
-
-def shows_whole_image(transform: nn.Module | None) -> bool:
-    """Whether a transform neither crops nor pads, so that what comes out shows what the image's file shows."""
-    if isinstance(transform, Compose):
-        return all(shows_whole_image(part) for part in transform.transforms)
-    return transform is None or isinstance(transform, Resize | Normalize)

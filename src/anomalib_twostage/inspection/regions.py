@@ -7,7 +7,7 @@ but not including, ``x_max`` and ``y_max``, so that its width is ``x_max - x_min
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 from skimage.measure import label, regionprops
 
 from anomalib_twostage.common.files import written_whole
-from anomalib_twostage.common.resize import shows_whole_image
 
+from .placement import FilePlacement
 from .prediction_reader import PredictionReader
 
 __all__ = ["Box", "Region", "RegionWriter", "find_regions", "write_regions"]
@@ -161,7 +160,9 @@ class RegionWriter(PredictionReader):
     rows for images without a region. Give the callback to the trainer: ``Engine(callbacks=[RegionWriter()])``, or
     ``trainer.callbacks`` in a configuration.
 
-    Boxes are also scaled to the image's file, if there is one and the model's pre-processor neither crops nor pads.
+    Boxes are also given in pixels of the image's file, if there is one. Crops, pads and resizing by torchvision's
+    transforms are followed, in the data set's augmentations and in the model's pre-processor. After other transforms
+    of one's own, and after turns, the box in the file is left empty.
 
     Args:
         min_area: Smallest region in pixels of the anomaly map.
@@ -193,11 +194,12 @@ class RegionWriter(PredictionReader):
         self.file_format = file_format
         self.output_dir = output_dir
         self._regions: list[Region] = []
+        self._placement: FilePlacement | None = None
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start an empty list."""
         del trainer, pl_module, stage
-        self._regions = []
+        self._regions, self._placement = [], None
 
     def read(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Add the regions of a batch.
@@ -205,12 +207,15 @@ class RegionWriter(PredictionReader):
         Raises:
             ValueError: If it has no anomaly map, or neither mask nor threshold.
         """
-        del trainer
-        sizes = None
-        paths = getattr(batch, "image_path", None)
-        if paths and shows_whole_image(getattr(getattr(pl_module, "pre_processor", None), "transform", None)):
-            sizes = [_file_size(path) for path in paths]
-        self._regions += find_regions(batch, threshold=self.threshold, min_area=self.min_area, image_sizes=sizes)
+        if self._placement is None:
+            self._placement = FilePlacement(trainer, pl_module)
+        for region in find_regions(batch, threshold=self.threshold, min_area=self.min_area):
+            map_height, map_width = batch.anomaly_map.shape[-2:]
+            found = None
+            if region.image_path is not None:
+                found = self._placement.find(region.image_path, (map_height, map_width))
+            box = None if found is None else found[0].to_file(region.box, found[1])
+            self._regions.append(region if box is None else replace(region, image_box=Box(*box)))
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``regions_test`` or ``regions_predict``.
@@ -284,14 +289,6 @@ def _row(region: Region) -> dict[str, Any]:
     image_box = region.image_box or (None, None, None, None)
     scores = (region.mean_score, region.peak_score)
     return dict(zip(_COLUMNS, (region.image_path, *region.box, *image_box, region.area, *scores), strict=True))
-
-
-def _file_size(path: str) -> tuple[int, int] | None:
-    """Height and width of an image file; ``None`` if there is none, as for images that a datamodule makes."""
-    if not Path(path).is_file():
-        return None
-    with Image.open(path) as image:
-        return image.height, image.width
 
 
 def _check_area(min_area: int) -> None:

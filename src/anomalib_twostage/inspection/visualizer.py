@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image, ImageDraw, ImageFont
 from skimage.segmentation import find_boundaries
 
-from anomalib_twostage.common.resize import shows_whole_image
+from .placement import FilePlacement
 
 if TYPE_CHECKING:
     from anomalib_twostage.model.lightning_model import TwoStageSuperpixel
@@ -40,8 +40,8 @@ _SMALLEST_PANEL = 64  # below, the titles are wider than the panels
 class StageVisualizer(Visualizer):
     """Writes one picture per tested or predicted image, the stages side by side.
 
-    From left to right: the image as the model sees it, in the proportions of its file; the ground truth, if known;
-    stage one's map; the borders of the superpixels; the refined image; the final map as reported, that is after
+    From left to right: the image as the model sees it, in the proportions that it has in its file; the ground truth, if
+    known; stage one's map; the borders of the superpixels; the refined image; the final map as reported, that is after
     the post-processor, with the contour of the predicted mask. The file has the path that anomalib's own
     ``ImageVisualizer`` would give it, which is mostly name and folder of the image's file; where another image of the
     run has that path, more of the folders above go before it.
@@ -74,6 +74,7 @@ class StageVisualizer(Visualizer):
         self.panel_size = panel_size
         self.output_dir = output_dir
         self.log_examples = log_examples
+        self._placement: FilePlacement | None = None  # of the run's images in their files
         # Clean images, painted images and masks of the last training batch.
         self._example: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         # Where the pictures of this run's images go.
@@ -108,7 +109,7 @@ class StageVisualizer(Visualizer):
         if not isinstance(predictions, ImageBatch):
             msg = f"StageVisualizer draws an ImageBatch, got {type(predictions).__name__}."
             raise TypeError(msg)
-        return [self._picture(item, stages, index, stretch) for index, item in enumerate(predictions)]
+        return self._pictures(predictions, stages, [_file_size(item) if stretch else None for item in predictions])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the model and the output folder before the run, not after it.
@@ -123,6 +124,7 @@ class StageVisualizer(Visualizer):
                 "use anomalib.visualization.ImageVisualizer."
             )
             raise TypeError(msg)
+        self._placement = None
         if trainer.is_global_zero and (self.output_dir is not None or stage in ("test", "predict")):
             self._check_folder(self._folder(trainer))
 
@@ -171,8 +173,10 @@ class StageVisualizer(Visualizer):
         del outputs
         assert isinstance(batch, ImageBatch)
         assert pl_module.last_stages is not None  # of the step that has just ended
-        stretch = shows_whole_image(getattr(pl_module.pre_processor, "transform", None))
-        pictures = self.visualize(batch, pl_module.last_stages, stretch=stretch)
+        if self._placement is None:
+            self._placement = FilePlacement(trainer, pl_module)
+        shapes = [_shown_size(item, self._placement) for item in batch]
+        pictures = self._pictures(batch, pl_module.last_stages, shapes)
         source = "".join(f"{name}{i}_" for name, i in (("rank", trainer.global_rank), ("loader", dataloader_idx)) if i)
         for index, picture in enumerate(pictures):
             number = f"{source}{batch_idx:04}_{index:02}.png"
@@ -237,18 +241,22 @@ class StageVisualizer(Visualizer):
         except OSError as error:
             raise _cannot_write(folder, error) from error
 
-    def _size(self, width: int, height: int) -> tuple[int, int]:
+    def _size(self, width: float, height: float) -> tuple[int, int]:
         """Width and height of a panel for an image of these proportions."""
         scale = self.panel_size / max(width, height)
         return max(1, round(width * scale)), max(1, round(height * scale))
 
-    def _picture(self, item: ImageItem, stages: StageMaps, index: int, stretch: bool) -> Image.Image:
+    def _pictures(
+        self, predictions: ImageBatch, stages: StageMaps, shapes: Sequence[tuple[float, float] | None]
+    ) -> list[Image.Image]:
+        """Draw a batch, with panels in the proportions of these widths and heights, or of the images."""
+        return [self._picture(item, stages, index, shapes[index]) for index, item in enumerate(predictions)]
+
+    def _picture(
+        self, item: ImageItem, stages: StageMaps, index: int, shape: tuple[float, float] | None
+    ) -> Image.Image:
         assert isinstance(item.image, torch.Tensor)
-        height, width = item.image.shape[-2:]
-        if stretch and item.image_path and Path(item.image_path).is_file():
-            with Image.open(item.image_path) as file:
-                width, height = file.size
-        size = self._size(width, height)
+        size = self._size(*(shape or reversed(item.image.shape[-2:])))
 
         panels = {"image": image_panel(item.image, size)}
         if item.gt_mask is not None:
@@ -380,6 +388,22 @@ def _caption(item: ImageItem) -> str:
     parts += [", ".join(verdict)] if verdict else []
     parts += [f"truth: {_word(item.gt_label)}"] if item.gt_label is not None else []
     return "   |   ".join(parts)
+
+
+def _file_size(item: ImageItem) -> tuple[float, float] | None:
+    """Width and height of an image's file; ``None`` if there is none."""
+    if not item.image_path or not Path(item.image_path).is_file():
+        return None
+    with Image.open(item.image_path) as file:
+        return file.size
+
+
+def _shown_size(item: ImageItem, placement: FilePlacement) -> tuple[float, float] | None:
+    """Width and height of what an image shows, in pixels of its file; ``None`` if they are unknown."""
+    assert isinstance(item.image, torch.Tensor)
+    height, width = item.image.shape[-2:]
+    found = placement.find(item.image_path, (height, width)) if item.image_path else None
+    return None if found is None else (abs(found[0].column_width) * width, abs(found[0].row_height) * height)
 
 
 def _word(label: torch.Tensor) -> str:

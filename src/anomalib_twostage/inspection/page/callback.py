@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from anomalib_twostage.common.resize import shows_whole_image
+from anomalib_twostage.inspection.placement import FilePlacement
 from anomalib_twostage.inspection.prediction_reader import PredictionReader
 
 from .rows import PageHead, Row
@@ -47,6 +47,7 @@ class InspectionPage(PredictionReader):
         self.picture_size = picture_size
         self.min_area = min_area
         self._writer: PageWriter | None = None
+        self._placement: FilePlacement | None = None
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make a place for the pictures.
@@ -56,6 +57,7 @@ class InspectionPage(PredictionReader):
         """
         del pl_module, stage
         self._discard()
+        self._placement = None
         folder = Path(trainer.default_root_dir) / "inspection" if self.output_dir is None else Path(self.output_dir)
         settings: dict[str, Any] = {"picture_size": self.picture_size, "min_area": self.min_area}
         if trainer.is_global_zero:
@@ -73,13 +75,15 @@ class InspectionPage(PredictionReader):
             ValueError: If it has neither scores nor maps.
             OSError: If the pictures cannot be written.
         """
-        del trainer
         assert self._writer is not None  # made in begin
+        if self._placement is None:
+            self._placement = FilePlacement(trainer, pl_module)
+        image, paths = getattr(batch, "image", None), getattr(batch, "image_path", None)
         self._writer.add(
             batch,
             pixel_threshold=_threshold(pl_module, "pixel"),
             stages=getattr(pl_module, "last_stages", None),
-            whole=shows_whole_image(getattr(getattr(pl_module, "pre_processor", None), "transform", None)),
+            whole=image is None or self._placement.shows_whole_files(paths or [], tuple(image.shape[-2:])),
         )
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

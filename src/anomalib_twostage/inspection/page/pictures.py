@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch.nn import functional
 
+from anomalib_twostage.common.bit_depth import has_deep_channels
 from anomalib_twostage.inspection.visualizer import heat_panel, image_panel, superpixel_panel
 
 from .records import Prediction
@@ -117,7 +118,7 @@ def _from_file(path: str, longest: int) -> tuple[Image.Image, tuple[int, int]] |
     """
     try:
         with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
+            if has_deep_channels(file):
                 return None  # PIL would clip it
             size = file.size
             file.draft("RGB", (longest, longest))  # a JPEG much larger than needed is decoded small

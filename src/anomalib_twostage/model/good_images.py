@@ -5,11 +5,10 @@ What a data set's transforms do to every image alike belongs to a good image, as
 by chance, such as turning some images, does not, and paint least of all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from anomalib.data import ImageItem
 from lightning.pytorch import Trainer
 from tqdm import tqdm
 
@@ -17,6 +16,8 @@ from anomalib_twostage.common.datasets import with_transforms
 from anomalib_twostage.common.spacing import evenly_spaced
 from anomalib_twostage.common.transforms import fixed_part
 from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform
+
+from .checks import FileCheck, check_values
 
 __all__ = ["good_images", "training_data"]
 
@@ -34,18 +35,30 @@ def training_data(trainer: Trainer) -> Any:
     return getattr(trainer.fit_loop._data_source.instance, "dataset", None)
 
 
-def good_images(dataset: Any, most: int) -> Iterator[ImageItem]:
+def good_images(
+    dataset: Any, most: int, pre_process: Callable[[Any], torch.Tensor] | None, files: FileCheck
+) -> Iterator[torch.Tensor]:
     """Read images of a data set without what is done to them by chance.
 
     Args:
         dataset: Training data, also wrapped in others; it is left as it is. Its items are those of anomalib.
         most: How many to read at most; of more, some evenly spaced ones.
+        pre_process: What the model's pre-processor does to images.
+        files: Looks at their files.
 
     Yields:
-        The items, their images ``(3, H, W)``.
+        The images ``(3, H, W)`` as the model sees them.
+
+    Raises:
+        ValueError: If an image holds NaN, is not in [0, 1], or comes from a file of more than 8 bits a channel.
     """
     image = with_transforms(dataset, lambda _: None)[0].image
     fixed = with_transforms(dataset, lambda transform: fixed_part(transform, image, without=PseudoAnomalyTransform))
     assert isinstance(image, torch.Tensor)
     for index in tqdm(evenly_spaced(len(dataset), most), desc="Golden template", leave=False, disable=None):
-        yield fixed[index]
+        item = fixed[index]
+        paths = [item.image_path] if item.image_path else []
+        files.check(paths)
+        image = item.image if pre_process is None else pre_process(item.image)
+        check_values(image, paths)
+        yield image

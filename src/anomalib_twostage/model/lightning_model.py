@@ -12,7 +12,6 @@ import inspect
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +33,6 @@ from torchvision.transforms.v2 import Resize
 from anomalib_twostage.inspection.threshold import MidwayPostProcessor
 from anomalib_twostage.inspection.visualizer import StageVisualizer
 from anomalib_twostage.pseudo_anomaly import (
-    PAINTERS,
-    DataPainter,
     PseudoAnomalyTransform,
     imitate_faults,
     paints,
@@ -56,6 +53,7 @@ from .checks import FileCheck, check_fraction, check_precision, check_size, chec
 from .export import FaithfulExport
 from .good_images import good_images, training_data
 from .loss import PaperLoss, SegmentationLoss
+from .painting import Painting
 from .schedule import TwoStageSchedule, run_length
 from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
 
@@ -144,7 +142,6 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
             visualizer=visualizer,
         )
         check_fraction("stage_one_fraction", stage_one_fraction, include_one=False)
-        check_fraction("paint_probability", paint_probability, include_one=True)
         if not learning_rate > 0:
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
@@ -161,9 +158,6 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
         if loss not in _LOSSES:
             msg = f"loss must be one of {sorted(_LOSSES)}, got {loss!r}."
             raise ValueError(msg)
-        if paint not in PAINTERS:
-            msg = f"paint must be one of {sorted(PAINTERS)}, got {paint!r}."
-            raise ValueError(msg)
         self.loss = _LOSSES[loss]()
         self.variant = variant
         self.stage_one_fraction = stage_one_fraction
@@ -171,13 +165,8 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
         self.paint = paint
         self.paint_probability = paint_probability
         self.texture_dir = texture_dir
-        # What paints while the model trains, and else what was given. One of the arguments above is made when training
-        # begins and dropped when it ends, so that a trained model loads where the texture folder does not exist.
-        self.painter: nn.Module | None = painter
-        self._given_painter = painter
-        self._data_painter: DataPainter | None = None
-        if painter is not None and (paint, paint_probability, texture_dir) != ("both", 0.7, None):
-            logger.warning("The given painter takes the place of paint, paint_probability and texture_dir.")
+        self._painting = Painting(painter, paint, paint_probability, texture_dir)
+        self.painter: nn.Module | None = painter  # what paints while the model trains, and else what was given
         # Of the last batch that was looked at for anomalies, for the visualizer.
         self.last_stages: StageMaps | None = None
         self._images_come_painted = False
@@ -216,7 +205,7 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
             # One stage rests while the other learns. Said here, since Lightning has no public way and wraps soon.
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit":
-            self._set_painter()
+            self.painter = self._painting.begin(training_data(self.trainer))
             # A checkpoint that is resumed is loaded later. A trainer may also go on without one.
             self._resumed = {"two_stage_switch": self._schedule.switch} if self._schedule else {}
             self._schedule = None
@@ -225,9 +214,9 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
 
     def teardown(self, stage: str) -> None:
         """Drop the painter after training, and the last batch's stages."""
-        if stage == "fit" and self._data_painter is not None:
-            self._data_painter.give_back()
-            self.painter = self._given_painter
+        if stage == "fit":
+            self._painting.end()
+            self.painter = self._painting.given
         self.last_stages = None
         self._files.leave(getattr(self.trainer, "datamodule", None))
         strategy = self.trainer.strategy
@@ -245,7 +234,8 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
         if step > 0:
             self.schedule.resume(step, self.model.stage)
         elif self.model.template is not None:
-            self.model.template.fit(self._good_images(dataset))
+            transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
+            self.model.template.fit(good_images(dataset, _TEMPLATE_IMAGES, transform, self._files))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check the images while they are in the host's memory, so that no step waits for the device.
@@ -385,11 +375,12 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export to torch as anomalib does, except that images are transformed as in training."""
-        painters, self.painter, self._given_painter = (self.painter, self._given_painter), None, None
+        painters = self.painter, self._painting.given
+        self.painter = self._painting.given = None
         try:
             return super().to_torch(*args, **kwargs)  # pickles all that the model holds, and needs no paint
         finally:
-            self.painter, self._given_painter = painters
+            self.painter, self._painting.given = painters
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -438,30 +429,6 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
             switch = resumed.get("two_stage_switch", resumed.get("global_step")) if self.model.stage == 2 else None
             self._schedule = TwoStageSchedule(run_length(self.trainer), self.stage_one_fraction, switch)
         return self._schedule
-
-    def _set_painter(self) -> None:
-        """Take over the data set's painter, or the given one, or make one of the arguments."""
-        self._data_painter = DataPainter(training_data(self.trainer))
-        painter = self._data_painter.painter
-        if painter is not None and self._given_painter is not None:
-            logger.warning("The data set's painter takes the place of the model's: take one of them out.")
-        if painter is None:
-            painter = self._given_painter
-        if painter is None:
-            painter = PAINTERS[self.paint](probability=self.paint_probability, texture_dir=self.texture_dir)
-        self.painter = painter
-
-    def _good_images(self, dataset: Any) -> Iterator[torch.Tensor]:
-        """Good training images as the model sees them."""
-        transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
-        for item in good_images(dataset, _TEMPLATE_IMAGES):
-            paths = [item.image_path] if item.image_path else []
-            self._files.check(paths)
-            assert isinstance(item.image, torch.Tensor)
-            image = item.image if transform is None else transform(item.image)
-            self._check_size(*image.shape[-2:])
-            check_values(image, paths)
-            yield image
 
     def _check_size(self, height: int, width: int) -> None:
         check_size(

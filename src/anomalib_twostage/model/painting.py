@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose paint the model trains with."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from anomalib_twostage.pseudo_anomaly import PAINTERS, DataPainter
+
+from .checks import check_fraction
+
+__all__ = ["Painting"]
+
+logger = logging.getLogger(__name__)
+
+_DEFAULTS = ("both", 0.7, None)  # of paint, paint_probability and texture_dir
+
+
+class Painting:
+    """Chooses the painter of a training: that of the training data, or the one given, or one made of settings.
+
+    One is made when training begins, so that a trained model loads where the texture folder does not exist.
+
+    Args:
+        given: The painter given to the model.
+        paint: Kinds of pseudo-anomalies, of ``PAINTERS``.
+        probability: Share of training images that are painted, in (0, 1].
+        texture_dir: Folder of images to paint with.
+
+    Raises:
+        ValueError: If the kind is unknown or the share out of range.
+    """
+
+    def __init__(self, given: nn.Module | None, paint: str, probability: float, texture_dir: str | Path | None) -> None:
+        check_fraction("paint_probability", probability, include_one=True)
+        if paint not in PAINTERS:
+            msg = f"paint must be one of {sorted(PAINTERS)}, got {paint!r}."
+            raise ValueError(msg)
+        if given is not None and (paint, probability, texture_dir) != _DEFAULTS:
+            logger.warning("The given painter takes the place of paint, paint_probability and texture_dir.")
+        self.given = given
+        self._settings = (paint, probability, texture_dir)
+        self._data: DataPainter | None = None
+
+    def begin(self, dataset: Any) -> nn.Module:
+        """Choose the painter, and take over that of the data set, if it has one.
+
+        Args:
+            dataset: What is trained on; ``None`` if it is not known yet.
+
+        Raises:
+            FileNotFoundError: If the texture folder is missing or empty.
+        """
+        self.end()
+        self._data = DataPainter(dataset)
+        if self._data.painter is not None:
+            if self.given is not None:
+                logger.warning("The data set's painter takes the place of the model's: take one of them out.")
+            return self._data.painter
+        paint, probability, texture_dir = self._settings
+        return self.given or PAINTERS[paint](probability=probability, texture_dir=texture_dir)
+
+    def end(self) -> None:
+        """Give the data set its painter back."""
+        if self._data is not None:
+            self._data.give_back()
+        self._data = None

@@ -14,7 +14,7 @@ from anomalib.models.image.fastflow.torch_model import FastflowModel
 from skimage import data
 
 from anomalib_twostage import TwoStageSuperpixel, TwoStageSuperpixelModel
-from anomalib_twostage.model.torch_model import two_stage_superpixel_model
+from anomalib_twostage.model.variants import two_stage_superpixel_model
 
 
 def photograph(side: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 from _models import builtins, draem_module, flat, our_module, ours, photograph
 from _timing import Report, interleave, paired_ratio, parse, parser
 
-from anomalib_twostage.model.torch_model import VARIANTS
+from anomalib_twostage.model.variants import VARIANTS
 
 SIDE = 256
 

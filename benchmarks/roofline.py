@@ -19,7 +19,7 @@ from _timing import Report, interleave, parse, parser
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_twostage import TwoStageSuperpixelModel
-from anomalib_twostage.model.torch_model import VARIANTS
+from anomalib_twostage.model.variants import VARIANTS
 
 SIDE = 256
 

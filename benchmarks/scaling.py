@@ -77,7 +77,7 @@ def make(question: str) -> tuple[Callable[[torch.Tensor], object], Callable[[int
         return PseudoAnomaly(probability=1.0), lambda side: noise(side, 8)
     from _models import fill_template
 
-    from anomalib_twostage.model.torch_model import two_stage_superpixel_model
+    from anomalib_twostage.model.variants import two_stage_superpixel_model
 
     model = two_stage_superpixel_model(question.split("`")[1]).eval()
     model.start_stage_two()

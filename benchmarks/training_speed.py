@@ -29,7 +29,7 @@ from PIL import Image
 from torchvision.transforms.v2 import Resize
 
 from anomalib_twostage import SampleTextures, TwoStageSuperpixel
-from anomalib_twostage.model.torch_model import VARIANTS
+from anomalib_twostage.model.variants import VARIANTS
 from anomalib_twostage.pseudo_anomaly.textures import builtin_textures
 
 SHARE = 0.7  # of stage one, the default

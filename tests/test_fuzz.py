@@ -17,7 +17,8 @@ from scipy.ndimage import maximum_filter
 
 from anomalib_twostage import PerlinAnomaly, PseudoAnomaly, SuperpixelAnomaly
 from anomalib_twostage.model.refiner import SuperpixelRefiner
-from anomalib_twostage.model.torch_model import TwoStageSuperpixelModel, two_stage_superpixel_model
+from anomalib_twostage.model.torch_model import TwoStageSuperpixelModel
+from anomalib_twostage.model.variants import two_stage_superpixel_model
 from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform
 from anomalib_twostage.superpixels.slic import Slic, slic
 

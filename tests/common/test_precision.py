@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, seed_everything
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.model.loss import PaperLoss, SegmentationLoss
-from anomalib_twostage.model.torch_model import two_stage_superpixel_model
+from anomalib_twostage.model.variants import two_stage_superpixel_model
 from tests.integration.conftest import write_dataset
 from tests.model.test_lightning_model import make_data, make_engine, make_model
 

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, seed_everything
 from PIL import Image
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_twostage import TwoStageSuperpixel
+from anomalib_twostage import InspectionPage, TwoStageSuperpixel
 from tests.integration.conftest import SIZE, write_dataset
 
 BATCHES = 3  # 6 images in batches of 2
@@ -266,6 +266,30 @@ def test_maps_and_scores_keep_their_ranking_through_the_post_processor(dataset: 
     shown = predicted.anomaly_map.flatten()
     order = raw.argsort()
     assert (shown[order].diff() >= 0).all()
+
+
+def test_maps_of_the_stages_are_kept_only_while_somebody_draws_them(dataset: Path, tmp_path: Path) -> None:
+    class Witness(Callback):
+        def __init__(self) -> None:
+            self.kept: list[bool] = []
+
+        def on_validation_batch_end(self, trainer, pl_module, *args) -> None:
+            self.kept.append(pl_module.last_stages is not None)
+
+        on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def kept(method: str, **options: Any) -> set[bool]:
+        witness, data = Witness(), make_data(dataset)
+        engine = make_engine(tmp_path, callbacks=[witness, *options.pop("callbacks", [])])
+        getattr(engine, method)(options.pop("model", model), datamodule=data, **options)
+        return set(witness.kept)
+
+    model = make_model()
+    for method in ("validate", "test", "predict"):
+        assert kept(method) == {False}
+    assert kept("predict", callbacks=[InspectionPage()]) == {True}
+    assert kept("predict") == {False}  # the page was another run's
+    assert kept("predict", model=make_model(visualizer=True)) == {True}
 
 
 def test_it_is_a_one_class_model_with_anomalibs_defaults() -> None:

@@ -9,7 +9,7 @@ from scipy import ndimage
 from torch import nn
 
 from anomalib_twostage import Slic, SuperpixelRefiner, TwoStageSuperpixelModel, UNet
-from anomalib_twostage.model.torch_model import VARIANTS, two_stage_superpixel_model
+from anomalib_twostage.model.variants import VARIANTS, two_stage_superpixel_model
 from anomalib_twostage.superpixels.pooling import superpixel_mean
 
 BOTH_GATES = pytest.mark.parametrize("gate", ["hard", "average"])

@@ -5,7 +5,7 @@ from anomalib.models.image.draem.torch_model import DraemModel
 from torch import nn
 
 from anomalib_twostage import UNet
-from anomalib_twostage.model.torch_model import VARIANTS, two_stage_superpixel_model
+from anomalib_twostage.model.variants import VARIANTS, two_stage_superpixel_model
 
 
 def count(network: nn.Module) -> int:

@@ -147,13 +147,13 @@ class StageVisualizer(Visualizer):
             _log(logger, picture, "training_examples", trainer.global_step)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give each image's picture its place, the same in all processes."""
-        del pl_module
+        """Ask for the stages, and give each image's picture its place, the same in all processes."""
+        pl_module.keep_stages = True  # type: ignore[assignment]
         self._give_places(trainer, trainer.test_dataloaders)
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give each image's picture its place, the same in all processes."""
-        del pl_module
+        """Ask for the stages, and give each image's picture its place, the same in all processes."""
+        pl_module.keep_stages = True  # type: ignore[assignment]
         self._give_places(trainer, trainer.predict_dataloaders)
 
     def on_test_batch_end(  # type: ignore[override]

@@ -20,7 +20,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from anomalib_twostage.common.files import written_whole
 
-from .torch_model import VARIANTS, pack_state
+from .torch_model import pack_state
+from .variants import VARIANTS
 
 __all__ = [
     "VerifiedCheckpointIO",

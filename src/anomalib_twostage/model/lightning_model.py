@@ -55,7 +55,8 @@ from .good_images import good_images, training_data
 from .loss import PaperLoss, SegmentationLoss
 from .painting import Painting
 from .schedule import TwoStageSchedule, run_length
-from .torch_model import VARIANTS, StageMaps, TwoStageSuperpixelModel, two_stage_superpixel_model
+from .torch_model import StageMaps, TwoStageSuperpixelModel
+from .variants import VARIANTS, two_stage_superpixel_model
 
 __all__ = ["TwoStageSuperpixel"]
 
@@ -167,7 +168,8 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
         self.texture_dir = texture_dir
         self._painting = Painting(painter, paint, paint_probability, texture_dir)
         self.painter: nn.Module | None = painter  # what paints while the model trains, and else what was given
-        # Of the last batch that was looked at for anomalies, for the visualizer.
+        # For those who draw: a callback that asks finds what led to the answer for the last batch, until the run ends.
+        self.keep_stages = False
         self.last_stages: StageMaps | None = None
         self._images_come_painted = False
         # Of the run that is going on, and what its checkpoint says of how to go on.
@@ -217,7 +219,7 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
         if stage == "fit":
             self._painting.end()
             self.painter = self._painting.given
-        self.last_stages = None
+        self.keep_stages, self.last_stages = False, None
         self._files.leave(getattr(self.trainer, "datamodule", None))
         strategy = self.trainer.strategy
         if isinstance(strategy.checkpoint_io, VerifiedCheckpointIO):
@@ -411,11 +413,13 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
         return StageVisualizer()
 
     def _detect(self, batch: Batch) -> STEP_OUTPUT:
-        """Do what the model's forward does, and keep the stages."""
+        """Take over the model's answer, and keep its stages if they are asked for."""
         assert isinstance(batch.image, torch.Tensor)
         self._check_size(*batch.image.shape[-2:])
-        self.last_stages = stages = self.model.stages(batch.image)
-        return batch.update(anomaly_map=stages.anomaly_map, pred_score=self.model.score(stages.anomaly_map))
+        kept: list[StageMaps] = []
+        answer = self.model(batch.image, kept=kept if self.keep_stages else None)
+        self.last_stages = kept[0] if kept else None
+        return batch.update(anomaly_map=answer.anomaly_map, pred_score=answer.pred_score)
 
     @property
     def schedule(self) -> TwoStageSchedule:

@@ -4,7 +4,6 @@
 import json
 import logging
 import math
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,11 +15,11 @@ from torch.nn import functional
 from anomalib_twostage.common.precision import full_precision
 from anomalib_twostage.superpixels.slic import Slic
 
-from .refiner import SuperpixelRefiner
+from .refiner import RefinedImage, SuperpixelRefiner
 from .template import GoldenTemplate
 from .unet import UNet
 
-__all__ = ["VARIANTS", "StageMaps", "TwoStageSuperpixelModel", "Variant", "two_stage_superpixel_model"]
+__all__ = ["StageMaps", "TwoStageSuperpixelModel"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +94,7 @@ class TwoStageSuperpixelModel(nn.Module):
         ValueError: If ``gate`` is unknown or ``smoothing`` is negative.
 
     Example:
+        >>> from anomalib_twostage.model.variants import two_stage_superpixel_model
         >>> model = two_stage_superpixel_model("small").eval()
         >>> model(torch.rand(2, 3, 128, 96)).anomaly_map.shape
         torch.Size([2, 1, 128, 96])
@@ -133,6 +133,110 @@ class TwoStageSuperpixelModel(nn.Module):
         self.template = template
         self.smoothing = smoothing
         self.stage = 1
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        stage_one_logits: torch.Tensor | None = None,
+        kept: list[StageMaps] | None = None,
+    ) -> InferenceBatch:
+        """Detect anomalies.
+
+        Args:
+            images: ``(B, C, H, W)`` in [0, 1].
+            stage_one_logits: Logits ``(B, 1, H, W)`` to take for stage one's; by default stage one computes them.
+            kept: A list that gets everything between the images and the answer, see :meth:`stages`.
+
+        Returns:
+            ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score`` ``(B,)``, float32 in [0, 1].
+        """
+        seen = self.seen(images)
+        if stage_one_logits is None:
+            stage_one_logits = self.stage_one(seen)
+        stage_one_map = stage_one_logits.detach().float().sigmoid()
+        labels = self.slic(images)
+        refined = self.refiner(images, stage_one_map, labels, self.slic.max_segments(*images.shape[-2:]))
+        stage_two_logits = None
+        if self.stage == 2:
+            handed_on = self._handed_on(seen, stage_one_map, refined)
+            stage_two_logits = self._stage_two_logits(handed_on, refined.selected)
+        fused_map = self._fuse(stage_one_map, refined, stage_two_logits)
+        anomaly_map = self.smooth(fused_map)
+        if kept is not None:
+            on_the_way = (stage_one_logits, stage_one_map, labels, refined.pooled, refined.selected, refined.image)
+            kept.append(StageMaps(*on_the_way, stage_two_logits, fused_map, anomaly_map))
+        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
+        """Detect anomalies as :meth:`forward` does, and return everything on the way.
+
+        Args:
+            images: ``(B, C, H, W)`` in [0, 1].
+            stage_one_logits: Logits ``(B, 1, H, W)`` to take for stage one's; by default stage one computes them.
+
+        Returns:
+            See :class:`StageMaps`.
+        """
+        kept: list[StageMaps] = []
+        self(images, stage_one_logits, kept)
+        return kept[0]
+
+    def seen(self, images: torch.Tensor) -> torch.Tensor:
+        """What stage one sees of images ``(B, C, H, W)``: them and, with a template, their deviations beside them."""
+        return images if self.template is None else torch.cat([images, self.template(images)], dim=1)
+
+    def _handed_on(self, seen: torch.Tensor, stage_one_map: torch.Tensor, refined: RefinedImage) -> torch.Tensor:
+        """What stage two sees, ``(B, C', H, W)``."""
+        if self.gate == "hard":
+            return refined.image
+        return torch.cat([seen, torch.cat([stage_one_map, refined.pooled], dim=1).to(seen.dtype)], dim=1)
+
+    def _stage_two_logits(self, seen: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+        """Logits of stage two ``(B, 1, H, W)``; in evaluation zero for images of which nothing is selected.
+
+        Stage two has no say there, so it does not run for them: on a production line most images are good. An exported
+        graph decides for the whole batch. A CUDA graph that is being recorded cannot ask the device, and runs it all.
+        """
+        # PyTorch 2.6 cannot tell an export from a compilation; there it always runs.
+        exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+        if exporting and not self.training:
+            touched = selected.amax(dim=(0, 1, 2, 3)) > 0
+            logits: torch.Tensor = torch.cond(
+                touched,
+                # Without the detour a network at full resolution leaves other strides than zeros have.
+                lambda seen, _: self.stage_two(seen).float().squeeze(1).unsqueeze(1),
+                lambda _, selected: torch.zeros_like(selected),
+                (seen, selected),
+            )
+            return logits
+        recording = selected.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.training or torch.compiler.is_compiling() or recording:
+            return self.stage_two(seen).float()
+        chosen = selected.flatten(1).any(dim=1).nonzero().flatten()
+        if len(chosen) == len(seen):
+            return self.stage_two(seen).float()
+        logits = torch.zeros_like(selected)
+        return logits if len(chosen) == 0 else logits.index_copy(0, chosen, self.stage_two(seen[chosen]).float())
+
+    def _fuse(
+        self, stage_one_map: torch.Tensor, refined: RefinedImage, stage_two_logits: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The maps of the stages together, ``(B, 1, H, W)``; stage one's alone without stage two's logits."""
+        first = stage_one_map if self.gate == "hard" else (stage_one_map + refined.pooled) / 2
+        if stage_two_logits is None:
+            return first
+        second = stage_two_logits.sigmoid() * refined.selected
+        return second if self.gate == "hard" else (first + second) / 2
+
+    def smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Smooth maps ``(B, 1, H, W)`` as the final map is, in float32: half precision would tie pixels."""
+        with full_precision(anomaly_map.device):
+            return self.blur(anomaly_map)
+
+    def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Image scores ``(B,)`` of maps ``(B, 1, H, W)``: the highest mean over a small window."""
+        smooth = functional.avg_pool2d(anomaly_map, self.score_window, stride=1, padding=self.score_window // 2)
+        return smooth.amax(dim=(1, 2, 3))
 
     @property
     def smoothing(self) -> float:
@@ -217,187 +321,17 @@ class TwoStageSuperpixelModel(nn.Module):
                 ", ".join(f"{name}={value} instead of {own[name]}" for name, value in replaced.items()),
             )
 
-    def seen(self, images: torch.Tensor) -> torch.Tensor:
-        """What stage one sees of images ``(B, C, H, W)``: them and, with a template, their deviations beside them."""
-        return images if self.template is None else torch.cat([images, self.template(images)], dim=1)
-
-    def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
-        """Run the model and keep every intermediate result.
-
-        Args:
-            images: ``(B, C, H, W)`` in [0, 1].
-            stage_one_logits: Logits ``(B, 1, H, W)`` to take for stage one's; by default stage one computes them.
-
-        Returns:
-            See :class:`StageMaps`.
-        """
-        seen = self.seen(images)
-        if stage_one_logits is None:
-            stage_one_logits = self.stage_one(seen)
-        stage_one_map = stage_one_logits.detach().float().sigmoid()
-        labels = self.slic(images)
-        max_segments = self.slic.max_segments(*images.shape[-2:])
-        refined = self.refiner(images, stage_one_map, labels, max_segments)
-
-        stage_two_logits = None
-        if self.gate == "hard":
-            fused_map = stage_one_map
-            if self.stage == 2:
-                stage_two_logits = self._stage_two_logits(refined.image, refined.selected)
-                fused_map = stage_two_logits.sigmoid() * refined.selected
-        else:
-            fused_map = (stage_one_map + refined.pooled) / 2
-            if self.stage == 2:
-                maps = torch.cat([stage_one_map, refined.pooled], dim=1)
-                seen = torch.cat([seen, maps.to(images.dtype)], dim=1)
-                stage_two_logits = self._stage_two_logits(seen, refined.selected)
-                fused_map = (fused_map + stage_two_logits.sigmoid() * refined.selected) / 2
-        return StageMaps(
-            stage_one_logits=stage_one_logits,
-            stage_one_map=stage_one_map,
-            labels=labels,
-            pooled_map=refined.pooled,
-            selected=refined.selected,
-            refined_image=refined.image,
-            stage_two_logits=stage_two_logits,
-            fused_map=fused_map,
-            anomaly_map=self.smooth(fused_map),
-        )
-
-    def _stage_two_logits(self, seen: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-        """Logits of stage two ``(B, 1, H, W)``; in evaluation zero for images of which nothing is selected.
-
-        Stage two has no say there, so it does not run for them: on a production line most images are good. An exported
-        graph decides for the whole batch. A CUDA graph that is being recorded cannot ask the device, and runs it all.
-        """
-        # PyTorch 2.6 cannot tell an export from a compilation; there it always runs.
-        exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
-        if exporting and not self.training:
-            touched = selected.amax(dim=(0, 1, 2, 3)) > 0
-            logits: torch.Tensor = torch.cond(
-                touched,
-                # Without the detour a network at full resolution leaves other strides than zeros have.
-                lambda seen, _: self.stage_two(seen).float().squeeze(1).unsqueeze(1),
-                lambda _, selected: torch.zeros_like(selected),
-                (seen, selected),
-            )
-            return logits
-        recording = selected.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self.training or torch.compiler.is_compiling() or recording:
-            return self.stage_two(seen).float()
-        chosen = selected.flatten(1).any(dim=1).nonzero().flatten()
-        if len(chosen) == len(seen):
-            return self.stage_two(seen).float()
-        logits = torch.zeros_like(selected)
-        return logits if len(chosen) == 0 else logits.index_copy(0, chosen, self.stage_two(seen[chosen]).float())
-
-    def smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
-        """Smooth maps ``(B, 1, H, W)`` as the final map is, in float32: half precision would tie pixels."""
-        with full_precision(anomaly_map.device):
-            return self.blur(anomaly_map)
-
-    def forward(self, images: torch.Tensor) -> InferenceBatch:
-        """Detect anomalies.
-
-        Args:
-            images: ``(B, C, H, W)`` in [0, 1].
-
-        Returns:
-            ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score`` ``(B,)``, float32 in [0, 1].
-        """
-        anomaly_map = self.stages(images).anomaly_map
-        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
-
-    def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
-        """Image scores ``(B,)`` of maps ``(B, 1, H, W)``: the highest mean over a small window."""
-        smooth = functional.avg_pool2d(anomaly_map, self.score_window, stride=1, padding=self.score_window // 2)
-        return smooth.amax(dim=(1, 2, 3))
-
 
 def pack_state(state: dict[str, Any]) -> torch.Tensor:
     """Plain values as JSON in a tensor ``(N,)`` uint8."""
     return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Shape of a published variant.
+def __getattr__(name: str) -> Any:
+    """Find what has moved to :mod:`~anomalib_twostage.model.variants`, which builds on this module."""
+    if name in ("VARIANTS", "Variant", "two_stage_superpixel_model"):
+        from . import variants
 
-    Attributes:
-        widths: Channels of each U-Net level, finest first.
-        stem_stride: 1 for full resolution inside the networks, 2 for half.
-        gate: See :class:`TwoStageSuperpixelModel`.
-        threshold: Selection threshold of the refiner.
-        loss: Loss of both stages.
-        template: Whether there is a golden template.
-        smoothing: Standard deviation of the Gaussian that smooths the final map, as a share of the segment size.
-    """
-
-    widths: tuple[int, ...]
-    stem_stride: int
-    gate: Literal["hard", "average"]
-    threshold: float
-    loss: Literal["default", "paper"]
-    template: bool = True
-    smoothing: float = 0.25
-
-
-VARIANTS = {
-    "default": Variant(widths=(32, 64, 128, 256, 256), stem_stride=2, gate="average", threshold=0.1, loss="default"),
-    "small": Variant(widths=(16, 32, 64, 128, 128), stem_stride=2, gate="average", threshold=0.1, loss="default"),
-    "paper": Variant(
-        widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper", template=False
-    ),
-}
-
-
-def two_stage_superpixel_model(
-    variant: str = "default",
-    segment_size: int = 16,
-    compactness: float = 10.0,
-    in_channels: int = 3,
-    gate: Literal["hard", "average"] | None = None,
-    template: bool | None = None,
-    num_neighbors: int = 4,
-    smoothing: float | None = None,
-) -> TwoStageSuperpixelModel:
-    """Build a published variant.
-
-    Args:
-        variant: ``"default"``, ``"small"`` (a quarter of the cost) or ``"paper"`` (two networks of DRAEM's
-            discriminative shape, 23.3 M parameters together, with the hard gate).
-        segment_size: Side of a superpixel in pixels.
-        compactness: Compactness of the superpixels; see :func:`~anomalib_twostage.superpixels.slic.slic`.
-        in_channels: Channels of the images, 1 or 3.
-        gate: How stage two's output enters the map; ``None`` takes the variant's own. See
-            :class:`TwoStageSuperpixelModel`.
-        template: Whether the networks see how far images are from a
-            :class:`~anomalib_twostage.model.template.GoldenTemplate`; ``None`` takes the variant's own.
-        num_neighbors: Nearest good images that the template compares with, 0 for none.
-        smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
-            the variant's own, a quarter of the segment size or none.
-
-    Returns:
-        The model with fresh weights.
-
-    Raises:
-        ValueError: If the variant or the gate is unknown, or the smoothing or the number of neighbours negative.
-    """
-    if variant not in VARIANTS:
-        msg = f"variant must be one of {sorted(VARIANTS)}, got {variant!r}."
-        raise ValueError(msg)
-    shape = VARIANTS[variant]
-    gate = gate or shape.gate
-    golden = None
-    if shape.template if template is None else template:
-        golden = GoldenTemplate(in_channels, num_neighbors)
-    seen = in_channels + (golden.out_channels if golden else 0)
-    return TwoStageSuperpixelModel(
-        stage_one=UNet(seen, shape.widths, shape.stem_stride),
-        slic=Slic(segment_size, compactness),
-        refiner=SuperpixelRefiner(shape.threshold),
-        stage_two=UNet(in_channels if gate == "hard" else seen + 2, shape.widths, shape.stem_stride),
-        gate=gate,
-        template=golden,
-        smoothing=shape.smoothing * segment_size if smoothing is None else smoothing,
-    )
+        return getattr(variants, name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -50,12 +50,14 @@ class InspectionPage(PredictionReader):
         self._placement: FilePlacement | None = None
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make a place for the pictures.
+        """Make a place for the pictures, and ask a model that has stages for them.
 
         Raises:
             OSError: If the folder cannot be written, or holds something else.
         """
-        del pl_module, stage
+        del stage
+        if hasattr(pl_module, "keep_stages"):
+            pl_module.keep_stages = True  # type: ignore[assignment]
         self._discard()
         self._placement = None
         folder = Path(trainer.default_root_dir) / "inspection" if self.output_dir is None else Path(self.output_dir)

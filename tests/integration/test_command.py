@@ -4,10 +4,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from anomalib.data import MVTecAD
 from PIL import Image
+
+from anomalib_twostage import TwoStageSuperpixel
 
 from .conftest import run_anomalib
 
@@ -15,8 +16,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_train_fits_both_stages_then_tests_and_writes_pictures(trained: Path) -> None:
-    state = torch.load(trained / "checkpoint", weights_only=True)["state_dict"]
-    assert int(state["model._extra_state"]) == 2
+    assert TwoStageSuperpixel.load_from_checkpoint(trained / "checkpoint").model.stage == 2
     pictures = [Image.open(path) for path in sorted((trained / "results").rglob("images/**/*.png"))]
     assert len(pictures) == 6
     assert all(picture.width > picture.height for picture in pictures)

@@ -219,28 +219,6 @@ def test_a_thin_image_has_as_many_segments_as_asked(shape: tuple[int, int], n_se
     assert slic(torch.rand(3, *shape), n_segments=n_segments).max() + 1 == pytest.approx(n_segments, rel=0.1)
 
 
-def test_labels_survive_products_of_reduced_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TF32 and its like round the factors of a product to eleven bits."""
-    image = to_tensor(crop("coffee"))
-    exact = slic(image, segment_size=16)
-
-    def rounded(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def run(*factors: torch.Tensor, **options: float) -> torch.Tensor:
-            return product(*factors[:-2], *(round_to_tf32(factor) for factor in factors[-2:]), **options)
-
-        return run
-
-    for owner, name in ((torch, "mm"), (torch, "bmm"), (torch.Tensor, "baddbmm_")):
-        monkeypatch.setattr(owner, name, rounded(getattr(owner, name)))
-    same = (slic(image, segment_size=16) == exact).float().mean()
-    assert 0.99 < same < 1
-
-
-def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
-    bits = values.contiguous().view(torch.int32)
-    return ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
-
-
 def test_no_iterations_keep_the_first_centres() -> None:
     image = to_tensor(crop("rocket"))
     still, moved = (slic(image, segment_size=16, num_iterations=n).numpy() for n in (0, 5))

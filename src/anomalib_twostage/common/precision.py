@@ -5,7 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["full_precision"]
+__all__ = ["autocast_is_on", "full_precision"]
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether a device computes in mixed precision; some know none, and PyTorch refuses to be asked about them."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -13,6 +18,4 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
     Where autocast is off already nothing is switched: an export traces no autocast, and could not hold one.
     """
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Antialiased resizing in matrix products.
+"""Antialiased resizing, as PyTorch does it, and in matrix products for exports.
 
-It is a weighted mean along each axis, hence two matrix products, and those every runtime of an exported graph knows.
+ONNX runtimes lack antialiasing or, like OpenVINO, silently leave it out. It is a weighted mean along each axis, hence
+two matrix products, and those every runtime knows.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional
 from torchvision.transforms.v2 import Transform
+
+from .tracing import is_exporting
 
 __all__ = ["AntialiasedResize", "antialiased_resize"]
 
 
 class AntialiasedResize(Transform):
-    """Resizing with antialiasing, as torchvision's ``Resize(size, interpolation, antialias=True)``.
+    """Resizing with antialiasing for exports, as torchvision's ``Resize(size, interpolation, antialias=True)``.
 
     Args:
         size: Height and width of the result in pixels.
@@ -33,7 +37,7 @@ class AntialiasedResize(Transform):
     def transform(self, images: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
         """Resize images ``(..., H, W)``, floating point, to ``(..., *size)``."""
         del params
-        return antialiased_resize(images, self.size, self.interpolation)
+        return _resize_by_matrices(images, self.size, self.interpolation)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
@@ -43,7 +47,15 @@ class AntialiasedResize(Transform):
 def antialiased_resize(
     images: torch.Tensor, size: Sequence[int], interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 ) -> torch.Tensor:
-    """Resize images ``(..., H, W)``, floating point, to ``(..., *size)``; see :class:`AntialiasedResize`."""
+    """Resize images ``(..., H, W)``, floating point, to ``(..., *size)``, also where a graph is exported."""
+    if is_exporting():
+        return _resize_by_matrices(images, size, interpolation)
+    flat = images.reshape(-1, 1, *images.shape[-2:])
+    resized = functional.interpolate(flat, size=tuple(size), mode=interpolation, antialias=True)
+    return resized.reshape(*images.shape[:-2], *size)
+
+
+def _resize_by_matrices(images: torch.Tensor, size: Sequence[int], interpolation: str) -> torch.Tensor:
     sides = images.shape[-2:]
     # Sides are symbols while an export of any size is traced, where a comparison would freeze them.
     if all(isinstance(side, int) for side in (*sides, *size)) and sides == tuple(size):

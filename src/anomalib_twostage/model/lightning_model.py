@@ -298,7 +298,9 @@ class TwoStageSuperpixel(FaithfulExport, AnomalibModule):  # type: ignore[misc] 
             logits = self.model.stages(images, imitate_faults(logits.float())).stage_two_logits
         loss = self.loss(logits, mask)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, logger=True, batch_size=len(images))
-        self.log("stage", float(self.model.stage), prog_bar=True, batch_size=len(images))
+        # Lightning would send a number over, and wait until it is there.
+        stage = torch.full((), float(self.model.stage), device=self.device)
+        self.log("stage", stage, prog_bar=True, batch_size=len(images))
         return {"loss": loss, "painted": images, "mask": mask}
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -3,7 +3,6 @@
 
 import torch
 from kornia.losses import binary_focal_loss_with_logits
-from kornia.metrics import ssim
 from torch import nn
 from torch.nn import functional
 
@@ -11,7 +10,7 @@ from anomalib_twostage.common.precision import full_precision
 
 __all__ = ["PaperLoss", "SegmentationLoss"]
 
-_SSIM_WINDOW = 11
+_SSIM_WINDOW, _SSIM_SPREAD, _SSIM_C1, _SSIM_C2 = 11, 1.5, 0.01**2, 0.03**2  # Wang et al., for values in [0, 1]
 _GAMMA = 2.0
 _FOCAL_WEIGHT = 8.0  # undoes alpha, a half, and the factor of an undecided pixel, a quarter
 
@@ -33,8 +32,23 @@ class PaperLoss(nn.Module):
         prediction, mask = logits.float().sigmoid(), mask.float()
         # SSIM subtracts nearly equal numbers; autocast would take its means in half precision.
         with full_precision(logits.device):
-            similarity = ssim(prediction, mask, window_size=_SSIM_WINDOW, max_val=1.0).mean()
+            similarity = _ssim(prediction, mask).mean()
         return functional.mse_loss(prediction, mask) + (1 - similarity)
+
+
+def _ssim(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """SSIM of maps ``(B, 1, H, W)``, pixel by pixel; that of libraries sends its window to the device, and waits."""
+    place = torch.arange(_SSIM_WINDOW, device=first.device, dtype=first.dtype) - _SSIM_WINDOW // 2
+    window = (place.square() / (-2 * _SSIM_SPREAD**2)).exp()
+    window = (window / window.sum()).view(1, 1, 1, -1)
+    moments = torch.cat([first, second, first.square(), second.square(), first * second])
+    moments = functional.pad(moments, (_SSIM_WINDOW // 2,) * 4, mode="reflect")
+    moments = functional.conv2d(functional.conv2d(moments, window), window.mT)
+    mean, other, square, other_square, product = moments.chunk(5)
+    covariance = product - mean * other
+    variances = square - mean.square() + other_square - other.square()
+    luminance = (2 * mean * other + _SSIM_C1) / (mean.square() + other.square() + _SSIM_C1)
+    return luminance * (2 * covariance + _SSIM_C2) / (variances + _SSIM_C2)
 
 
 class SegmentationLoss(nn.Module):

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from anomalib_twostage.common.precision import full_precision
 from anomalib_twostage.common.resize import antialiased_resize
+from anomalib_twostage.common.tracing import is_exporting
 
 __all__ = ["GoldenTemplate"]
 
@@ -176,9 +177,13 @@ class GoldenTemplate(nn.Module):
 
     def _nearest(self, keys: torch.Tensor, count: int) -> torch.Tensor:
         """Numbers ``(B, count)`` of the images nearest to keys ``(B, D)``."""
+        own = self.keys.float()
+        if not is_exporting():  # no matrix product, which a user may allow to be rounded
+            distance = torch.cdist(keys, own, compute_mode="donot_use_mm_for_euclid_dist")
+            return distance.topk(count, dim=1, largest=False).indices
         # Least |a - b|^2 is most a.b - |b|^2 / 2. About the mean of the keys no digits are lost.
-        middle = self.keys.float().mean(dim=0)
-        own = self.keys.float() - middle
+        middle = own.mean(dim=0)
+        own = own - middle
         return ((keys - middle) @ own.T - own.square().sum(dim=1) / 2).topk(count, dim=1).indices
 
     def _share_to_nearest(self) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_twostage.common.precision import full_precision
+from anomalib_twostage.common.tracing import is_exporting
 from anomalib_twostage.superpixels.slic import Slic
 
 from .refiner import RefinedImage, SuperpixelRefiner
@@ -194,12 +195,11 @@ class TwoStageSuperpixelModel(nn.Module):
     def _stage_two_logits(self, seen: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
         """Logits of stage two ``(B, 1, H, W)``; in evaluation zero for images of which nothing is selected.
 
-        Stage two has no say there, so it does not run for them: on a production line most images are good. An exported
-        graph decides for the whole batch. A CUDA graph that is being recorded cannot ask the device, and runs it all.
+        Stage two has no say there, so on a CPU it does not run for them: on a production line most images are good. An
+        exported graph decides for the whole batch. Any other device would have to be asked and waited for, and runs it
+        all.
         """
-        # PyTorch 2.6 cannot tell an export from a compilation; there it always runs.
-        exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
-        if exporting and not self.training:
+        if is_exporting() and not self.training:
             touched = selected.amax(dim=(0, 1, 2, 3)) > 0
             logits: torch.Tensor = torch.cond(
                 touched,
@@ -209,8 +209,7 @@ class TwoStageSuperpixelModel(nn.Module):
                 (seen, selected),
             )
             return logits
-        recording = selected.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self.training or torch.compiler.is_compiling() or recording:
+        if self.training or torch.compiler.is_compiling() or selected.device.type != "cpu":
             return self.stage_two(seen).float()
         chosen = selected.flatten(1).any(dim=1).nonzero().flatten()
         if len(chosen) == len(seen):

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from anomalib_twostage.common.precision import autocast_is_on
+
 __all__ = ["UNet"]
 
 
@@ -124,7 +126,7 @@ class UNet(nn.Module):
             raise ValueError(msg)
         # Autocast converts float32, float16 and bfloat16 into each other, but not float64.
         own = self.head.weight.dtype
-        converted = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64
+        converted = autocast_is_on(images.device) and images.dtype != torch.float64
         if not images.is_floating_point() or (images.dtype != own and not converted):
             msg = f"Images must be {own} in [0, 1] like the network's weights, got {images.dtype}: convert them."
             raise TypeError(msg)

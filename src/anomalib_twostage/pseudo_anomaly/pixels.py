@@ -29,7 +29,8 @@ class Pixels(NamedTuple):
 def list_pixels(shape: torch.Tensor) -> tuple[Pixels, torch.Tensor, list[int]]:
     """List the pixels where ``(B, 1, H, W)`` bool is true, image by image.
 
-    To count them, a GPU would have to be waited for: there, all pixels are listed, and nothing else changes.
+    To count them, any device but a CPU would have to be waited for: there, all pixels are listed, and nothing else
+    changes.
 
     Returns:
         The pixels; which of them are in the shape, float32 ``(N,)`` in {0, 1}; where each image's pixels begin, and
@@ -37,7 +38,7 @@ def list_pixels(shape: torch.Tensor) -> tuple[Pixels, torch.Tensor, list[int]]:
     """
     batch, _, height, width = shape.shape
     flat, area = shape.flatten(), height * width
-    if flat.is_cuda:
+    if flat.device.type != "cpu":
         pixel, inside = torch.arange(flat.numel(), device=flat.device), flat.float()
         starts = list(range(0, (batch + 1) * area, area))
     else:

@@ -35,8 +35,17 @@ def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
     rgb = images.flatten(2)
     linear = rgb.clamp_min(_DARK_RGB).add_(0.055).log_().mul_(2.4).exp_()
     linear.add_(rgb.clamp_max(_DARK_RGB).sub_(_DARK_RGB), alpha=_SCALE / 12.92)
-    xyz = torch.matmul(images.new_tensor(_XYZ), linear)
+    xyz = _mixed(linear, _XYZ)
     # Less 16 / 116, which takes 16 from the lightness.
     dark = xyz.clamp_max(_DARK_XYZ).sub_(_DARK_XYZ + 16 / 116 / 7.787)
     root = xyz.clamp_min_(_DARK_XYZ).log_().mul_(1 / 3).exp_().add_(dark, alpha=7.787)
-    return torch.matmul(images.new_tensor(_LAB), root).view(images.shape)
+    return _mixed(root, _LAB).view(images.shape)
+
+
+def _mixed(channels: torch.Tensor, matrix: tuple[tuple[float, float, float], ...]) -> torch.Tensor:
+    """Weighted sums of channels ``(B, 3, N)``, a row of the matrix each: ``(B, 3, N)``.
+
+    Not a product with a tensor, which would have to be sent to the device, and be at the mercy of TF32 there.
+    """
+    first, second, third = channels.split(1, dim=1)
+    return torch.cat([(first * a).add_(second, alpha=b).add_(third, alpha=c) for a, b, c in matrix], dim=1)

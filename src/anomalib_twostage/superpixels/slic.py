@@ -3,9 +3,10 @@
 
 SLIC is k-means over colour and position, each pixel compared only with the centres near it. Here the image is
 cut into square cells, one centre starts in each, and a pixel is compared with the centres of its own cell and
-the eight around it. That makes both halves of k-means dense: the comparison is one matrix product per cell, and
+the eight around it. That makes both halves of k-means dense: the comparison is a sum of products per cell, and
 a centre's new value is a sum over its nine cells, collected by shifting. Nothing is scattered, nothing waits
-for the host, and the graph exports.
+for the host, and the graph exports. Nothing is a matrix product either: a user may allow those to be rounded
+(``torch.set_float32_matmul_precision``), which would move pixels between segments.
 """
 
 import math
@@ -23,7 +24,6 @@ __all__ = ["Slic", "slic"]
 
 # How far a centre is that does not exist, beyond the image: no pixel chooses it.
 _FAR = 1.0e30
-_OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 _LEAST_COMPACTNESS = 1e-6
 # Centres move beyond the mean of their pixels, where further rounds would take them: two rounds do the work of four. At
 # twice the way they swing.
@@ -192,7 +192,7 @@ def _segment(images: torch.Tensor, size: int, compactness: float, num_iterations
 
     cells = _to_cells(functional.pad(_to_lab(images), border, mode="replicate"), rows, columns, size)
     # Distances in the plane are stretched, not those of colour shrunk: there are fewer of them.
-    steps = cells.new_tensor(_OFFSETS)
+    steps = _steps(cells.device)
     offsets = functional.pad(steps * compactness, (3, 0))
     beyond = _neighbours(cells.new_zeros(1, rows, columns, 1), beyond=-_FAR).repeat(batch, 1, 1)
 
@@ -203,20 +203,21 @@ def _segment(images: torch.Tensor, size: int, compactness: float, num_iterations
     inside = _inside(rows, size, top, height, cells.device)[:, None, ::stride, None]
     inside = inside * _inside(columns, size, left, width, cells.device)[:, None, ::stride]
     weight = inside.view(rows * columns, 1, -1).repeat(batch, 1, 1)
-    # Weights come last, so that one product yields sums and counts together.
-    summands = torch.cat([samples * weight, place * weight], dim=1).transpose(1, 2)
+    # Weights come last, to be summed like the rest: a count.
+    summands = torch.cat([samples * weight, place * weight], dim=1)
 
     # The first centres: the middle of each cell, with the cell's mean colour. Places are relative to that middle.
     centres = functional.pad(samples.mean(dim=2).view(batch, rows, columns, 3), (0, 2))
     for _ in range(num_iterations):
         member = _nearest(samples, place, centres, offsets, beyond)
-        centres = centres.lerp(_means(torch.bmm(member, summands), centres, offsets), _REACH)
+        sums = torch.stack([(member * summand).sum(dim=2) for summand in summands.split(1, dim=1)], dim=2)
+        centres = centres.lerp(_means(sums, centres, offsets), _REACH)
 
     member = _nearest(cells.flatten(2), _places(size, 1, compactness, cells.device), centres, offsets, beyond)
     # The way from a cell's own number to each of the nine, raised above zero: the one way left is the highest. Several
     # times faster than argmax() over a strided dimension.
-    way = steps @ cells.new_tensor([columns, 1.0]) + (columns + 2)
-    way = member.mul_(way.view(9, 1)).amax(dim=1).int()
+    way = steps[:, :1] * columns + steps[:, 1:] + (columns + 2)
+    way = member.mul_(way).amax(dim=1).int()
     home = torch.arange(-columns - 2, (rows - 1) * columns - 2, device=cells.device, dtype=torch.int32)
     labels = way.view(batch, rows * columns, size * size).add_(home.unsqueeze(1))
     labels = labels.reshape(batch, rows, columns, size, size).transpose(2, 3)
@@ -235,6 +236,12 @@ def _to_cells(values: torch.Tensor, rows: int, columns: int, size: int) -> torch
     batch, channels = values.shape[:2]
     values = values.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
     return values.reshape(batch * rows * columns, channels, size, size)
+
+
+def _steps(device: torch.device) -> torch.Tensor:
+    """Rows and columns from a cell to the nine around it, itself among them: ``(9, 2)`` float32, in -1, 0, 1."""
+    step = torch.arange(-1, 2, device=device, dtype=torch.float32)
+    return torch.stack([step.repeat_interleave(3), step.repeat(3)], dim=1)
 
 
 def _places(size: int, stride: int, compactness: float, device: torch.device) -> torch.Tensor:
@@ -273,15 +280,17 @@ def _nearest(
 
     A pixel halfway between two centres has both: no index, no one-hot. What is compared is minus half the squared
     distance, but for a part that is the same for all nine. Centres are taken relative to the cell's own, so that the
-    products stay small and hardly lose to reduced precision.
+    products stay small and lose little to rounding.
     """
     near = _neighbours(centres) + offsets
     own = near[:, 4:5]
     apart = near - own
     square = (near + own).mul_(apart).sum(dim=-1, keepdim=True)
-    plane = torch.cat([apart[..., 3:], torch.add(beyond, square, alpha=-0.5)], dim=-1)
+    nearness = torch.addcmul(torch.add(beyond, square, alpha=-0.5), apart[..., 3:4], place[0])
     # In place from here on: fresh memory of this size costs as much as the arithmetic.
-    nearness = torch.mm(plane.view(-1, 3), place).view(-1, 9, place.shape[1]).baddbmm_(apart[..., :3], colour)
+    nearness.addcmul_(apart[..., 4:], place[1])
+    for channel in range(3):
+        nearness.addcmul_(apart[..., channel : channel + 1], colour[:, channel : channel + 1])
     return nearness.ge_(nearness.amax(dim=1, keepdim=True))
 
 

@@ -118,6 +118,13 @@ def test_every_command_is_covered() -> None:
 CONFIGURATIONS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "\nmodels:" not in path.read_text()]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_configurations_for_cpus_ask_for_no_type_that_a_cpu_may_lack(path: Path) -> None:
+    text = path.read_text()
+    if path.stem.endswith("_cpu") or yaml.safe_load(text).get("trainer", {}).get("accelerator") == "cpu":
+        assert yaml.safe_load(text)["trainer"].get("precision", "32-true") == "32-true"
+
+
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.name)
 def test_configurations_parse(path: Path) -> None:
     from anomalib.cli import AnomalibCLI

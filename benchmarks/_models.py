@@ -16,6 +16,8 @@ from skimage import data
 from anomalib_twostage import TwoStageSuperpixel, TwoStageSuperpixelModel
 from anomalib_twostage.model.variants import two_stage_superpixel_model
 
+_MARGIN = 4.0  # in logits, of which bfloat16 rounds off some hundredths
+
 
 def photograph(side: int) -> torch.Tensor:
     """A photograph ``(1, 3, side, side)`` in [0, 1]."""
@@ -44,23 +46,28 @@ def fill_template(model: TwoStageSuperpixelModel, side: int, count: int = 300) -
 def select_on_photograph_only(model: TwoStageSuperpixelModel, side: int) -> None:
     """Have stage one mark a few pixels of :func:`photograph` and none of :func:`flat`, whatever its weights.
 
-    Time depends on whether something is selected, not on what. With random weights that is up to the last layer: its
-    sign and bias are set so that the highest logit of the flat image lies below the threshold and that of the
-    photograph above.
+    Time depends on whether something is selected, not on what. The last layer is set to look for the features of that
+    pixel of the photograph which are least like the flat image's. The photograph's highest logit lies as far above the
+    threshold as the flat image's highest below it, too far for a runtime's rounding to exchange them.
 
     Raises:
         RuntimeError: If the two images cannot be told apart.
     """
-    head = model.stage_one.head
-    for _ in range(2):
-        good, defective = model.stage_one(model.seen(flat(side))), model.stage_one(model.seen(photograph(side)))
-        low, high = float(good.max()), float(defective.max())
-        if high > low:
-            threshold = math.log(model.refiner.threshold / (1 - model.refiner.threshold))
-            head.bias += threshold - (low + high) / 2
-            break
-        head.weight.neg_()
-    selected = [bool(model.stages(image).selected.any()) for image in (flat(side), photograph(side))]
+    head, features = model.stage_one.head, []
+    images = flat(side), photograph(side)
+    watch = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0][0].flatten(1)))
+    for image in images:
+        model.stage_one(model.seen(image))
+    watch.remove()
+    apart = features[1] - features[0].mean(dim=1, keepdim=True)
+    head.bias.zero_()
+    head.weight.copy_(apart[:, apart.square().sum(dim=0).argmax()].view_as(head.weight))
+    low, high = (model.stage_one(model.seen(image)).max() for image in images)
+    scale = 2 * _MARGIN / (high - low)
+    head.weight.mul_(scale)
+    threshold = math.log(model.refiner.threshold / (1 - model.refiner.threshold))
+    head.bias.fill_(threshold - _MARGIN - float(low * scale))
+    selected = [bool(model.stages(image).selected.any()) for image in images]
     if selected != [False, True]:
         msg = "Random weights tell the two images not apart; take another seed."
         raise RuntimeError(msg)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.model.schedule import TwoStageSchedule
@@ -131,3 +131,53 @@ def test_nothing_is_said_of_a_run_with_both_stages(
 ) -> None:
     fit(make_model(), dataset, tmp_path, steps=2)
     assert not [record for record in caplog.records if record.name.startswith("anomalib_twostage")]
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_weights_can_be_averaged(use_buffers: bool, dataset: Path, tmp_path: Path) -> None:
+    class Last(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            """What is averaged, before the averages take its place."""
+            self.weights = {name: value.clone() for name, value in pl_module.model.named_parameters()}
+            self.template = copy.deepcopy(pl_module.model.template.state_dict())
+
+    model, last = make_model(stage_one_fraction=0.5), Last()
+    average = EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)
+    engine = make_engine(tmp_path, callbacks=[last, average], max_steps=STEPS, max_epochs=-1)
+    engine.fit(model, datamodule=make_data(dataset))
+    assert model.model.stage == 2
+    assert not any(torch.equal(value, last.weights[name]) for name, value in model.model.named_parameters())
+    assert all(torch.equal(value, last.template[name]) for name, value in model.model.template.state_dict().items())
+    # Stage two goes on from stage one in the average too, not from the random weights that the copy was made with.
+    first, second = (network.encoder[1][0].weight for network in (model.model.stage_one, model.model.stage_two))
+    assert (second - first).norm() < 0.1 * first.norm()
+    assert model.post_processor.image_threshold.isfinite()
+
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = TwoStageSuperpixel.load_from_checkpoint(tmp_path / "model.ckpt").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_with_averaged_weights_can_be_resumed(dataset: Path, tmp_path: Path) -> None:
+    def run(steps: int, **options: Any) -> TwoStageSuperpixel:
+        model, average = make_model(stage_one_fraction=0.5), EMAWeightAveraging(decay=0.9)
+        callbacks = [average, Interruption(steps)]
+        engine = make_engine(tmp_path, callbacks=callbacks, max_epochs=2, limit_val_batches=0)
+        engine.fit(model, datamodule=make_data(dataset), **options)
+        return model
+
+    class Interruption(Callback):
+        def __init__(self, steps: int) -> None:
+            self.steps = steps
+
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            if trainer.global_step == self.steps:
+                trainer.save_checkpoint(tmp_path / "interrupted.ckpt")
+
+    seed_everything(0)
+    whole = run(3)
+    seed_everything(0)
+    torch.rand(7)
+    resumed = run(0, ckpt_path=tmp_path / "interrupted.ckpt")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name

@@ -6,6 +6,7 @@ system, a move is a copy, and a killed process leaves half a file. Reading, PyTo
 cannot read nor looks at its checksums, and an environment variable can make it run code from it.
 """
 
+import inspect
 import logging
 import pickle
 import re
@@ -15,28 +16,91 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.models.components import AnomalibModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_twostage.common.files import written_whole
 
-from .torch_model import pack_state
+from .torch_model import TwoStageSuperpixelModel, pack_state
 from .variants import VARIANTS
 
-__all__ = [
-    "VerifiedCheckpointIO",
-    "add_settings",
-    "check_checkpoint",
-    "check_fit",
-    "get_random_state",
-    "name_replaced_processors",
-    "refused",
-    "set_random_state",
-]
+__all__ = ["ResumableCheckpoints", "VerifiedCheckpointIO", "check_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
+_RESUMED = ("global_step", "two_stage_random_state", "two_stage_switch")  # what a resumed run takes from a checkpoint
 _FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
+
+
+class ResumableCheckpoints(LightningModule):
+    """Checkpoints with all that goes on from them. Stands before ``AnomalibModule`` among a model's bases."""
+
+    model: TwoStageSuperpixelModel
+    variant: str
+    _resumed: dict[str, Any] | None = None  # what the checkpoint of a run says of how to go on
+
+    def save_hyperparameters(self, *args: Any, ignore: Any = None, frame: Any = None, **kwargs: Any) -> None:
+        """Save the arguments as Lightning does, without the painter, which is no plain data."""
+        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]  # whose arguments they are
+        super().save_hyperparameters(*args, ignore=[*(ignore or []), "painter"], frame=frame, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save with the weights what a resumed run needs to paint and learn as it would have done uninterrupted."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"].update({k: v for k, v in self.model.settings.items() if k in self.hparams})
+        checkpoint["two_stage_random_state"] = _get_random_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and note how a resumed run goes on.
+
+        Raises:
+            ValueError: If the checkpoint is of another variant or width.
+        """
+        _name_replaced_processors(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)
+        _add_settings(checkpoint)
+        _check_fit(checkpoint, self.state_dict(), self.variant)
+        if self._trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
+            self._resumed = {name: checkpoint[name] for name in _RESUMED if name in checkpoint}
+
+    def resume(self) -> int | None:
+        """Go on where the checkpoint of a resumed run ended: with its random numbers, if it was one process.
+
+        Returns:
+            The step by which stage two had begun, ``None`` if it had not.
+        """
+        resumed, self._resumed = self._resumed or {}, None
+        # One saved state would make every process of a distributed run paint alike.
+        if self.trainer.world_size == 1 and "two_stage_random_state" in resumed:
+            _set_random_state(resumed["two_stage_random_state"], self.device)
+        return resumed.get("two_stage_switch", resumed.get("global_step")) if self.model.stage == 2 else None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # anomalib's signature, with what is passed on left open
+        cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a trained model. No code from the checkpoint runs, unless ``weights_only=False`` asks for it.
+
+        Args:
+            checkpoint_path: File of Lightning's checkpoint.
+            args: As in anomalib.
+            kwargs: As in anomalib; further arguments replace those that the model was made with.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is half-written, damaged or no checkpoint, or of another variant than asked for.
+            pickle.UnpicklingError: If the file holds other objects than weights and plain values.
+        """
+        if isinstance(checkpoint_path, str | Path) and not _is_remote(checkpoint_path):
+            check_checkpoint(checkpoint_path)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise _refused(checkpoint_path) from error
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -78,7 +142,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         try:
             return self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
         except pickle.UnpicklingError as error:
-            raise refused(path) from error
+            raise _refused(path) from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint."""
@@ -121,7 +185,7 @@ def check_checkpoint(path: str | Path) -> None:
         raise ValueError(msg)
 
 
-def check_fit(checkpoint: dict[str, Any], weights: dict[str, Any], variant: str) -> None:
+def _check_fit(checkpoint: dict[str, Any], weights: dict[str, Any], variant: str) -> None:
     """See whether the networks of a checkpoint are those of a model.
 
     Args:
@@ -150,7 +214,7 @@ def check_fit(checkpoint: dict[str, Any], weights: dict[str, Any], variant: str)
         raise ValueError(msg)
 
 
-def add_settings(checkpoint: dict[str, Any]) -> None:
+def _add_settings(checkpoint: dict[str, Any]) -> None:
     """Give weights of a version that kept no settings with them those that the checkpoint's model was made with."""
     weights, made = checkpoint["state_dict"], checkpoint.get("hyper_parameters", {})
     stage = weights.get("model._extra_state")
@@ -165,7 +229,7 @@ def add_settings(checkpoint: dict[str, Any]) -> None:
     weights["model._extra_state"] = pack_state({"stage": int(stage), **settings})
 
 
-def name_replaced_processors(model: AnomalibModule, checkpoint: dict[str, Any]) -> None:
+def _name_replaced_processors(model: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Log which settings of a model's pre- and post-processor the checkpoint replaces, as anomalib lets it."""
     for name in ("pre_processor", "post_processor"):
         own, saved = getattr(model, name), checkpoint.get(f"anomalib_{name}_config")
@@ -182,7 +246,7 @@ def name_replaced_processors(model: AnomalibModule, checkpoint: dict[str, Any]) 
                     )
 
 
-def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
+def _get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of the random numbers that a training on a device draws."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -190,14 +254,14 @@ def get_random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Continue the random numbers where :func:`get_random_state` saw them."""
+def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Continue the random numbers where ``_get_random_state`` saw them."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def refused(path: str | Path) -> pickle.UnpicklingError:
+def _refused(path: str | Path) -> pickle.UnpicklingError:
     """The error for a file that holds more than weights and plain values."""
     return pickle.UnpicklingError(
         f"The checkpoint {path} holds other objects than weights and plain values. Loading them could run code, so it "

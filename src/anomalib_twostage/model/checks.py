@@ -2,17 +2,30 @@
 """What images and sizes the model takes, said early and by name."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule
 from torchvision.transforms.v2 import Normalize
 
 from anomalib_twostage.common.bit_depth import DeepFileCheck
 from anomalib_twostage.common.transforms import find_transforms
 
-__all__ = ["FileCheck", "check_fraction", "check_precision", "check_size", "check_values", "refuse_normalization"]
+from .torch_model import TwoStageSuperpixelModel
+
+__all__ = [
+    "CheckedImages",
+    "FileCheck",
+    "check_fraction",
+    "check_precision",
+    "check_size",
+    "check_values",
+    "refuse_normalization",
+]
 
 _OVERSHOOT = 0.1  # resizing may leave [0, 1] by this much; normalised images leave it by more
 _CHECKED = "files_checked"  # attribute of a batch whose files have been checked
@@ -167,3 +180,56 @@ class _CheckingCollate:
         batch = self.collate(items)
         setattr(batch, _CHECKED, True)
         return batch
+
+
+class CheckedImages(LightningModule):
+    """Looks at all images before the model does. Stands before ``AnomalibModule`` among a model's bases."""
+
+    model: TwoStageSuperpixelModel
+    variant: str
+    pre_processor: PreProcessor | None
+    input_size: tuple[int, int] | None
+    _files: FileCheck
+
+    def setup(self, stage: str) -> None:
+        """Check pre-processor and precision before the run, and files where they are read.
+
+        Raises:
+            ValueError: If the pre-processor normalises or resizes to too small a size, or the trainer's precision is
+                neither 32 bits nor mixed.
+        """
+        super().setup(stage)
+        if self.pre_processor:
+            refuse_normalization(self.pre_processor.transform)
+            if self.input_size is not None:
+                self.check_size(*self.input_size)
+        check_precision(str(self.trainer.precision))
+        # Lightning tells every user with a datamodule that the model checks batches before their transfer.
+        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
+        self._files.join(getattr(self.trainer, "datamodule", None))
+
+    def teardown(self, stage: str) -> None:
+        """Take the check out of the data loaders again."""
+        super().teardown(stage)
+        self._files.leave(getattr(self.trainer, "datamodule", None))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the images while they are in the host's memory, so that no step waits for the device.
+
+        Raises:
+            ValueError: If images hold NaN, are not in [0, 1], or come from files of more than 8 bits a channel.
+        """
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, ImageBatch) and isinstance(batch.image, torch.Tensor):
+            check_values(batch.image, batch.image_path or [])
+            self._files.check_batch(batch)
+        return batch
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse images that are too small for the model.
+
+        Raises:
+            ValueError: If they are.
+        """
+        smallest, segment_size = self.model.stage_one.minimum_size, self.model.slic.segment_size
+        check_size(height, width, smallest=smallest, segment_size=segment_size, variant=self.variant)

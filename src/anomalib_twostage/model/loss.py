@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from anomalib_twostage.common.precision import full_precision
 
-__all__ = ["PaperLoss", "SegmentationLoss"]
+__all__ = ["PaperLoss", "SegmentationLoss", "make_loss"]
 
 _SSIM_WINDOW, _SSIM_SPREAD, _SSIM_C1, _SSIM_C2 = 11, 1.5, 0.01**2, 0.03**2  # Wang et al., for values in [0, 1]
 _GAMMA = 2.0
@@ -72,3 +72,18 @@ class SegmentationLoss(nn.Module):
         dice = (2 * (prediction * mask).sum() + 1) / (prediction.sum() + mask.sum() + 1)
         focal = binary_focal_loss_with_logits(logits, mask, alpha=0.5, gamma=_GAMMA, reduction="mean")
         return _FOCAL_WEIGHT * focal + (1 - dice)
+
+
+_LOSSES: dict[str, type[nn.Module]] = {"default": SegmentationLoss, "paper": PaperLoss}
+
+
+def make_loss(name: str) -> nn.Module:
+    """Build the loss ``"default"`` or ``"paper"``.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in _LOSSES:
+        msg = f"loss must be one of {sorted(_LOSSES)}, got {name!r}."
+        raise ValueError(msg)
+    return _LOSSES[name]()

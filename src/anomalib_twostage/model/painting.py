@@ -5,9 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from anomalib.data import ImageBatch
 from torch import nn
 
-from anomalib_twostage.pseudo_anomaly import PAINTERS, DataPainter
+from anomalib_twostage.pseudo_anomaly import PAINTERS, DataPainter, paints
 
 from .checks import check_fraction
 
@@ -43,6 +44,7 @@ class Painting:
         self.given = given
         self._settings = (paint, probability, texture_dir)
         self._data: DataPainter | None = None
+        self._images_come_painted = False
 
     def begin(self, dataset: Any) -> nn.Module:
         """Choose the painter, and take over that of the data set, if it has one.
@@ -67,3 +69,16 @@ class Painting:
         if self._data is not None:
             self._data.give_back()
         self._data = None
+
+    def see(self, dataset: Any) -> None:
+        """See whether a data set still paints when training starts, as one does whose painter cannot be taken over."""
+        self._images_come_painted = paints(dataset)
+
+    def unmasked(self, batch: Any) -> Any:
+        """Take empty masks out of a training batch in the host's memory, unless its data set paints.
+
+        Masks stand for paint from elsewhere. Good images, which are still to be painted, may bring empty ones.
+        """
+        if isinstance(batch, ImageBatch) and batch.gt_mask is not None and not self._images_come_painted:
+            batch.gt_mask = batch.gt_mask if batch.gt_mask.any() else None
+        return batch

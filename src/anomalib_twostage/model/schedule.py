@@ -3,12 +3,19 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from typing import Any
 
+import torch
+from anomalib.data import Batch
 from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["TwoStageSchedule", "run_length"]
+from .checkpoint import ResumableCheckpoints
+from .engine import averaged_models
+
+__all__ = ["TwoStageSchedule", "TwoStageTraining", "run_length"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,3 +89,79 @@ def run_length(trainer: Trainer) -> int:
         )
         raise ValueError(msg)
     return int(total)
+
+
+class TwoStageTraining(ResumableCheckpoints):
+    """Trains stage one, then stage two, also across checkpoints. Stands before ``AnomalibModule`` among the bases."""
+
+    stage_one_fraction: float
+    _schedule: TwoStageSchedule | None = None
+
+    @property
+    def schedule(self) -> TwoStageSchedule:
+        """How the run that is going on is shared between the stages."""
+        if self._schedule is None:
+            switch = self.resume()  # first: asked for a run's length, the data loader draws the order of the images
+            self._schedule = TwoStageSchedule(run_length(self.trainer), self.stage_one_fraction, switch)
+        return self._schedule
+
+    def setup(self, stage: str) -> None:
+        """Let stage one learn in a run that begins. A checkpoint that is resumed is loaded later."""
+        super().setup(stage)
+        if stage == "fit":
+            # A trainer may also go on without a checkpoint.
+            self._resumed = {"two_stage_switch": self._schedule.switch} if self._schedule else None
+            self._schedule = None
+            if self.trainer.global_step == 0:  # here, because a strategy wraps only what learns
+                for model in (self.model, *averaged_models(self.trainer)):
+                    model.start_stage_one()
+
+    def on_fit_start(self) -> None:
+        """Share out the run, and continue the random numbers of a resumed one."""
+        super().on_fit_start()
+        _ = self.schedule  # unless the optimizer asked for it
+
+    def on_train_start(self) -> None:
+        """Go on with the learning rate of this run, and let each process draw other random numbers."""
+        super().on_train_start()
+        step = self.trainer.global_step
+        if self.trainer.world_size > 1:  # all processes start from one seed
+            done = self.trainer.world_size * step
+            torch.manual_seed((torch.initial_seed() + done + self.global_rank) % 2**63)
+        if step > 0:
+            self.schedule.resume(step, self.model.stage)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Start stage two when stage one has had its share of the steps."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.model.stage == 1 and self.trainer.global_step >= self.schedule.switch:
+            for model in (self.model, *averaged_models(self.trainer)):
+                model.start_stage_two()
+
+    def on_train_end(self) -> None:
+        """Say so if the run ends before stage two, by early stopping or a limit of time."""
+        super().on_train_end()
+        if self.model.stage == 1:
+            logger.warning(
+                "The run ended after %d steps, before stage two, which was to begin after %d: the anomaly maps are "
+                "stage one's alone.",
+                *(self.trainer.global_step, self.schedule.switch),
+            )
+
+    def buffers(self, recurse: bool = True) -> Iterator[torch.Tensor]:
+        """What goes along with the weights: statistics of the networks, and neither template nor thresholds.
+
+        Callbacks that average weights take these, in step with a copy of the model that was made before the template
+        was. Averages of the others mean nothing. To state dicts and devices all buffers are known.
+        """
+        for network in (self.model.stage_one, self.model.stage_two):
+            yield from network.buffers(recurse)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save when stage two began; and with averaged weights, whose model is from before, the own template."""
+        super().on_save_checkpoint(checkpoint)
+        if self.model.stage == 2 and self._schedule is not None:
+            checkpoint["two_stage_switch"] = self._schedule.switch
+        if "averaging_state" in checkpoint:
+            own = self.state_dict()
+            checkpoint["state_dict"] |= {name: own[name] for name in own if not name.startswith("model.stage_")}

@@ -224,7 +224,8 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         assert isinstance(batch.image, torch.Tensor)
         self.check_size(*batch.image.shape[-2:])
         kept: list[StageMaps] = []
-        answer = self.model(batch.image, kept=kept if self.keep_stages else None)
+        images = batch.image.as_subclass(torch.Tensor)  # compilers stumble over torchvision's images
+        answer = self.model(images, kept=kept if self.keep_stages else None)
         self.last_stages = kept[0] if kept else None
         return batch.update(anomaly_map=answer.anomaly_map, pred_score=answer.pred_score)
 

@@ -22,6 +22,7 @@ class TrainingImages(NamedTuple):
     """``(B, 1, H, W)`` float32 in {0, 1}."""
 
 
+@torch.compiler.disable  # shapes follow what is painted, and a compiler would start anew for each
 def training_images(
     images: torch.Tensor,
     painter: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],

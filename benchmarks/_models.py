@@ -14,6 +14,7 @@ from anomalib.models.image.fastflow.torch_model import FastflowModel
 from skimage import data
 
 from anomalib_twostage import TwoStageSuperpixel, TwoStageSuperpixelModel
+from anomalib_twostage.model.feature_model import FeatureTemplate
 from anomalib_twostage.model.variants import two_stage_superpixel_model
 
 _MARGIN = 4.0  # in logits, of which bfloat16 rounds off some hundredths
@@ -34,7 +35,13 @@ def flat(side: int) -> torch.Tensor:
 
 def fill_template(model: TwoStageSuperpixelModel, side: int, count: int = 300) -> None:
     """Give the model the template of that many good images of that size; time does not depend on what they show."""
-    if model.template is not None:
+    if isinstance(model.template, FeatureTemplate):
+        for statistics, stride in zip(model.template.statistics, (8, 8, 16), strict=True):
+            statistics.mean = torch.randn(len(statistics.middle), math.ceil(side / stride), math.ceil(side / stride))
+        for memory in model.template.memories:
+            memory.patches = torch.randn(memory.size, memory.patches.shape[1])
+            memory.sources = torch.zeros(memory.size, dtype=torch.int64)
+    elif model.template is not None:
         good, state = min(side, 128), model.template.state_dict()
         state["mean"], state["spread"] = torch.rand(3, side, side), torch.rand(3, side, side)
         state["gallery"] = torch.randint(256, (count, 3, good, good), dtype=torch.uint8)
@@ -57,12 +64,12 @@ def select_on_photograph_only(model: TwoStageSuperpixelModel, side: int) -> None
     images = flat(side), photograph(side)
     watch = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0][0].flatten(1)))
     for image in images:
-        model.stage_one(model.seen(image))
+        model.stage_one(*model.seen(image).levels)
     watch.remove()
     apart = features[1] - features[0].mean(dim=1, keepdim=True)
     head.bias.zero_()
     head.weight.copy_(apart[:, apart.square().sum(dim=0).argmax()].view_as(head.weight))
-    low, high = (model.stage_one(model.seen(image)).max() for image in images)
+    low, high = (model.stage_one(*model.seen(image).levels).max() for image in images)
     scale = 2 * _MARGIN / (high - low)
     head.weight.mul_(scale)
     threshold = math.log(model.refiner.threshold / (1 - model.refiner.threshold))

@@ -109,21 +109,23 @@ def test_stages_of_ours_are_measured_apart() -> None:
     model.model.start_stage_two()
     data = batches()
     measured = quality(model, data)
-    assert list(measured) == ["stage one", "superpixel mean", "not smoothed", "final"]
+    assert list(measured) == ["stage one", "superpixel mean", "without stage two", "not smoothed", "final"]
     masks = torch.cat([batch.gt_mask for batch in data]).flatten().int()
     labels = torch.cat([batch.gt_label for batch in data]).int()
     with torch.no_grad():
         stages = [model.model.stages(batch.image) for batch in data]
     for name, attribute in [
-        ("stage one", "stage_one_map"),
-        ("superpixel mean", "pooled_map"),
-        ("not smoothed", "fused_map"),
-        ("final", "anomaly_map"),
+        ("stage one", lambda maps: maps.stage_one_map),
+        ("superpixel mean", lambda maps: maps.pooled_map),
+        ("without stage two", lambda maps: (maps.stage_one_map + maps.pooled_map) / 2),
+        ("not smoothed", lambda maps: maps.fused_map),
+        ("final", lambda maps: maps.anomaly_map),
     ]:
-        maps = torch.cat([getattr(stage, attribute) for stage in stages])
+        maps = torch.cat([attribute(stage) for stage in stages])
         if name in (
             "stage one",
             "superpixel mean",
+            "without stage two",
         ):  # smoothed like the final map, so that the rows differ by the method's parts alone
             maps = model.model.smooth(maps)
         assert measured[name]["pixel AUROC"] == pytest.approx(roc_auc_score(masks, maps.flatten()), abs=1e-5)

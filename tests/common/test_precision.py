@@ -68,7 +68,7 @@ def test_float16_autocast_stays_finite_over_both_stages(gate_and_loss: tuple) ->
         images[:, :, 20:40, 20:40] = 1
         mask[:, :, 20:40, 20:40] = 1
         with torch.autocast("cpu", dtype=torch.float16):
-            logits = model.stage_one(model.seen(images)) if step < 6 else model.stages(images).stage_two_logits
+            logits = model.stage_one(*model.seen(images).levels) if step < 6 else model.stages(images).stage_two_logits
             value = loss(logits, mask)
         value.backward()
         assert value.isfinite()

@@ -81,7 +81,7 @@ def checkpoint(folder: Path, data: SampleTextures, photographs: torch.Tensor) ->
     engine.fit(model, datamodule=data)
     # So short a training leaves it to chance which images get something selected: make it every second one.
     with torch.no_grad():
-        highest = model.model.stage_one(model.model.seen(resize(photographs))).flatten(1).amax(dim=1)
+        highest = model.model.stage_one(*model.model.seen(resize(photographs)).levels).flatten(1).amax(dim=1)
         threshold = torch.tensor(model.model.refiner.threshold).logit()
         model.model.stage_one.head.bias += threshold - highest.quantile(0.5)
     engine.validate(model, datamodule=data)

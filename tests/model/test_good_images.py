@@ -82,7 +82,7 @@ def test_wrapped_data_sets_are_read_without_paint(
 ) -> None:
     paint = v2.Compose([v2.CenterCrop(48), PerlinAnomaly(probability=1.0)])
     data = training_set(dataset, paint)
-    images = torch.stack(list(good_images(wrap(data), 100, None, FileCheck())))
+    images = torch.stack([image for image, _ in good_images(wrap(data), 100, None, FileCheck())])
     assert torch.allclose(images, files(dataset)[chosen][..., 8:56, 8:56])
     assert data.augmentations is paint
 
@@ -96,5 +96,7 @@ def test_the_template_of_a_wrapped_data_set_is_without_paint(dataset: Path, tmp_
 
 
 def test_of_many_images_some_evenly_spaced_ones_are_read(dataset: Path) -> None:
-    images = torch.stack(list(good_images(training_set(dataset, None), 3, v2.Resize((30, 40)), FileCheck())))
+    images = torch.stack(
+        [image for image, _ in good_images(training_set(dataset, None), 3, v2.Resize((30, 40)), FileCheck())]
+    )
     assert torch.allclose(images, v2.Resize((30, 40))(files(dataset)[::2]), atol=1e-6)

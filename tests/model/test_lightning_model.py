@@ -122,7 +122,8 @@ def test_a_new_training_takes_a_new_template(dataset: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "has_one"), [({}, True), ({"template": False}, False), ({"variant": "paper"}, False)]
+    ("options", "has_one"),
+    [({"variant": "scratch"}, True), ({"variant": "scratch", "template": False}, False), ({"variant": "paper"}, False)],
 )
 def test_the_template_is_the_variants_unless_chosen(options: dict, has_one: bool) -> None:
     assert (TwoStageSuperpixel(**options).model.template is not None) == has_one
@@ -172,7 +173,7 @@ def test_learning_rate_rises_and_falls_once_per_stage(dataset: Path, tmp_path: P
         ({"loss": "l1"}, "loss.*'l1'"),
         ({"gate": "soft"}, "gate.*'soft'"),
         ({"paint": "oil"}, "paint.*'oil'"),
-        ({"segment_size": 1}, "segment_size.*1"),
+        ({"segment_size": 0}, "segment_size.*0"),
         ({"segment_size": SIZE + 1}, f"segment_size.*{SIZE + 1}"),
         ({"compactness": 0.0}, "compactness.*0"),
         ({"stage_one_fraction": 1.0}, "stage_one_fraction.*1.0"),

@@ -33,7 +33,7 @@ def make_model(gate: str, threshold: float = 0.5, channels: int = 3, **options: 
                 module.running_var.uniform_(0.5, 2)
         model.stage_one.head.weight.mul_(3)
         model.eval()
-        logits = model.stage_one(model.seen(pictures(channels=channels)))
+        logits = model.stage_one(*model.seen(pictures(channels=channels)).levels)
         model.stage_one.head.bias.sub_(logits.quantile(0.7))  # somewhat less than half of the map above one half
     return model
 
@@ -85,7 +85,7 @@ def test_stages_fit_together(gate: str) -> None:
     model.start_stage_two()
     with torch.no_grad():
         maps = learn(model).stages(images)
-        assert torch.equal(maps.stage_one_logits, model.stage_one(model.seen(images)))
+        assert torch.equal(maps.stage_one_logits, model.stage_one(*model.seen(images).levels))
     assert torch.equal(maps.stage_one_map, maps.stage_one_logits.sigmoid())
     assert torch.equal(maps.labels, model.slic(images))
     refined = model.refiner(images, maps.stage_one_map, maps.labels, int(maps.labels.max()) + 1)
@@ -98,14 +98,14 @@ def test_stages_fit_together(gate: str) -> None:
 def test_before_stage_two_the_hard_gate_shows_the_map_of_stage_one() -> None:
     model, images = make_model("hard"), pictures()
     with torch.no_grad():
-        assert torch.equal(model(images).anomaly_map, model.stage_one(model.seen(images)).sigmoid())
+        assert torch.equal(model(images).anomaly_map, model.stage_one(*model.seen(images).levels).sigmoid())
         assert model.stages(images).stage_two_logits is None
 
 
 def test_before_stage_two_the_average_gate_shows_the_mean_with_the_superpixels() -> None:
     model, images = make_model("average"), pictures()
     with torch.no_grad():
-        first = model.stage_one(model.seen(images)).sigmoid()
+        first = model.stage_one(*model.seen(images).levels).sigmoid()
         labels = model.slic(images)
         pooled = superpixel_mean(first, labels, int(labels.max()) + 1)
         assert torch.equal(model(images).anomaly_map, (first + pooled) / 2)
@@ -191,13 +191,13 @@ def test_stage_two_runs_for_images_with_a_selection_only_and_nothing_else_change
     seen: list[int] = []
     model.stage_two.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     with torch.no_grad():
-        logits = model.stage_one(model.seen(images))
+        logits = model.stage_one(*model.seen(images).levels)
         logits[list(blank)] = -20.0
         found = model.stages(images, logits)
         assert sum(seen) == 3 - len(blank)
         assert found.stage_two_logits is not None
         assert not found.stage_two_logits[list(blank)].any()
-        model._stage_two_logits = lambda seen, _: model.stage_two(seen).float()  # the full path
+        model._stage_two_logits = lambda seen, _: model.stage_two(*seen).float()  # the full path
         torch.testing.assert_close(found.anomaly_map, model.stages(images, logits).anomaly_map, atol=1e-6, rtol=0)
 
 
@@ -338,7 +338,7 @@ def test_stage_ones_logits_may_be_given(gate: str) -> None:
     with torch.no_grad():
         maps = model.stages(images, stage_one_logits=given)
         assert torch.equal(maps.stage_one_map, given.sigmoid())
-        again = model.stages(images, stage_one_logits=model.stage_one(model.seen(images)))
+        again = model.stages(images, stage_one_logits=model.stage_one(*model.seen(images).levels))
         assert torch.equal(again.anomaly_map, model(images).anomaly_map)
 
 
@@ -433,7 +433,7 @@ def test_an_unknown_gate_is_named() -> None:
 
 
 def test_an_unknown_variant_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'default', 'paper', 'small'.*'huge'"):
+    with pytest.raises(ValueError, match=r"'default', 'paper', 'scratch', 'small'.*'huge'"):
         two_stage_superpixel_model("huge")
 
 

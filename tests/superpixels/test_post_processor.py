@@ -126,7 +126,7 @@ class TestRefine:
     [
         ({"blend": 0.0}, "blend must be above 0 and at most 1, got 0.0"),
         ({"blend": 1.5}, "got 1.5"),
-        ({"segment_size": 1}, "segment_size must be at least 2 pixels, got 1"),
+        ({"segment_size": 0}, "segment_size must be at least 1 pixel, got 0"),
         ({"compactness": 0.0}, "compactness must be .*, got 0.0"),
     ],
 )

@@ -292,10 +292,16 @@ def test_wrong_input_is_named(image: torch.Tensor, options: dict, error: type[Ex
         slic(image, **options)
 
 
+def test_module_of_one_pixel_leaves_every_pixel_for_itself() -> None:
+    labels = Slic(segment_size=1)(torch.rand(2, 3, 5, 7))
+    assert torch.equal(labels, torch.arange(35).reshape(1, 5, 7).expand(2, -1, -1))
+    assert Slic(segment_size=1).max_segments(5, 7) == 35
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"segment_size": 1}, "at least 2 pixels, got 1"),
+        ({"segment_size": 0}, "at least 1 pixel, got 0"),
         ({"compactness": -3.0}, r"compactness.*-3\.0"),
         ({"num_iterations": -2}, "num_iterations.*-2"),
     ],

@@ -27,8 +27,9 @@ def quality(model: AnomalibModule, batches: Iterable[ImageBatch]) -> dict[str, d
     """Metrics of each of the model's maps, at its input size, before any normalisation.
 
     Args:
-        model: Trained model in evaluation mode. Of :class:`TwoStageSuperpixel` stage one's map, its superpixel mean,
-            the final map before smoothing and the final map are measured, of others the final map.
+        model: Trained model in evaluation mode. Of :class:`TwoStageSuperpixel` the distance to the memory, if there is
+            one, stage one's map, its superpixel mean, the map as it would be without stage two, the final map before
+            smoothing and the final map are measured, of others the final map.
         batches: Test images with labels and masks, as the datamodule hands them out.
 
     Returns:
@@ -83,15 +84,18 @@ def as_the_model_sees(model: AnomalibModule, batch: ImageBatch) -> tuple[torch.T
 def _maps(model: AnomalibModule, images: torch.Tensor) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
     """Maps and image scores of a batch, by name, as they leave the model."""
     if isinstance(model, TwoStageSuperpixel):
-        stages = model.model.stages(images)
+        two_stage = model.model
+        stages = two_stage.stages(images)
         # The stages' maps are smoothed like the final one, so that they differ by the method's parts alone.
-        maps = {
-            "stage one": model.model.smooth(stages.stage_one_map),
-            "superpixel mean": model.model.smooth(stages.pooled_map),
+        maps = {} if stages.distance is None else {"memory": two_stage.smooth(stages.distance)}
+        maps |= {
+            "stage one": two_stage.smooth(stages.stage_one_map),
+            "superpixel mean": two_stage.smooth(stages.pooled_map),
+            "without stage two": two_stage.smooth(two_stage.without_stage_two(stages)),
             "not smoothed": stages.fused_map,
             FINAL: stages.anomaly_map,
         }
-        return {name: (values, model.model.score(values)) for name, values in maps.items()}
+        return {name: (values, two_stage.score(values)) for name, values in maps.items()}
     result = model.model(images)
     score = result.pred_score
     if score is None:  # as anomalib's post-processor does

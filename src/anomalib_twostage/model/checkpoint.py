@@ -30,7 +30,7 @@ __all__ = ["ResumableCheckpoints", "VerifiedCheckpointIO", "check_checkpoint"]
 logger = logging.getLogger(__name__)
 
 _RESUMED = ("global_step", "two_stage_random_state", "two_stage_switch")  # what a resumed run takes from a checkpoint
-_FIRST_WEIGHT = re.compile(r"model\.stage_one\.encoder\.\d+\.0\.weight")
+_FIRST_WEIGHT = re.compile(r"model\.stage_one\.(encoder|blocks)\.\d+\.0\.weight")
 
 
 class ResumableCheckpoints(LightningModule):
@@ -204,12 +204,20 @@ def _check_fit(checkpoint: dict[str, Any], weights: dict[str, Any], variant: str
     ]
     if differing:
         widths = tuple(len(saved[name]) for name in sorted(saved) if _FIRST_WEIGHT.fullmatch(name))
-        trained = next((name for name, shape in VARIANTS.items() if shape.widths == widths), "unknown")
+        features = any(name.startswith("model.template.backbone.") for name in saved)
+        trained = next(
+            (
+                name
+                for name, shape in VARIANTS.items()
+                if shape.features == features and shape.widths[: len(widths)] == widths
+            ),
+            "unknown",
+        )
         template = any(name.startswith("model.template.") for name in saved)
         msg = (
             f"The checkpoint does not fit variant {variant!r}: it is of variant {trained!r} with widths {widths} and "
             f"template={template}, and {len(differing)} weights differ. Build the model with the checkpoint's variant, "
-            "gate, template and num_neighbors."
+            "backbone, gate, template and num_neighbors."
         )
         raise ValueError(msg)
 

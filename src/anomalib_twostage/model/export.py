@@ -9,7 +9,8 @@ matrix products, and where its sizes depend on those of the images, it asks for 
 Left alone, NNCF also quantises what lies between and behind the networks. With 256 values for its distances SLIC breaks
 down, and with 256 values for the maps most normal pixels tie. A network's first convolution sees images in [0, 1]
 beside deviations in [-3, 3]: one scale for both leaves the image some forty values, and shifts whole maps. All the
-computing is in the other convolutions anyway.
+computing is in the other convolutions anyway. A backbone keeps its precision too: how far its features are from those
+in memory was measured in it, and its rounding would be a distance of its own.
 """
 
 import logging
@@ -200,7 +201,7 @@ def _image_of(batch: ImageBatch) -> torch.Tensor:
 
 
 def _besides_networks(model: Any) -> Any:
-    """NNCF's ignored scope: all but the networks' convolutions, and of these the first of each network.
+    """NNCF's ignored scope: all but the networks' convolutions, of these the first of each network, and a backbone.
 
     Args:
         model: OpenVINO model that is going to be quantised.
@@ -209,8 +210,24 @@ def _besides_networks(model: Any) -> Any:
 
     types = sorted({node.get_type_name() for node in model.get_ops()} - _NETWORK_TYPES)
     convolutions = [node for node in model.get_ops() if node.get_type_name() == "Convolution"]
-    first = [node.get_friendly_name() for node in convolutions if node.input_value(1).shape[1] <= _FIRST_LAYER]
-    return nncf.IgnoredScope(names=first, types=types, validate=False)
+    first = {node.get_friendly_name() for node in convolutions if node.input_value(1).shape[1] <= _FIRST_LAYER}
+    return nncf.IgnoredScope(names=sorted(first | _compared(model)), types=types, validate=False)
+
+
+def _compared(model: Any) -> set[str]:
+    """Names of the convolutions whose results are compared with a memory, which is the work of matrix products."""
+    waiting = [node for node in model.get_ops() if node.get_type_name() == "MatMul"]
+    seen: set[str] = set()
+    names: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        if node.get_friendly_name() in seen:
+            continue
+        seen.add(node.get_friendly_name())
+        if node.get_type_name() == "Convolution":
+            names.add(node.get_friendly_name())
+        waiting += [value.get_node() for value in node.input_values()]
+    return names
 
 
 def _score(metric: Metric, model: Any, batches: Iterable[ImageBatch]) -> float:

@@ -5,10 +5,12 @@ What a data set's transforms do to every image alike belongs to a good image, as
 by chance, such as turning some images, does not, and paint least of all.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from anomalib.data import ImageBatch
 from lightning.pytorch import Trainer
 from tqdm import tqdm
 
@@ -19,7 +21,7 @@ from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform
 
 from .checks import FileCheck, check_values
 
-__all__ = ["good_images", "training_data"]
+__all__ = ["good_images", "image_number", "image_numbers", "training_data"]
 
 
 def training_data(trainer: Trainer) -> Any:
@@ -35,9 +37,24 @@ def training_data(trainer: Trainer) -> Any:
     return getattr(trainer.fit_loop._data_source.instance, "dataset", None)
 
 
+def image_number(path: str | None, index: int = -1) -> int:
+    """The number by which an image is known again: of its file, or, without one, its place among the others."""
+    return index if path is None else zlib.crc32(path.encode())
+
+
+@torch.compiler.disable  # a compiler knows no checksums
+def image_numbers(batch: ImageBatch) -> torch.Tensor | None:
+    """Numbers ``(B,)`` int64 of a batch's images, on their device; ``None`` if it does not name their files."""
+    if batch.image_path is None:
+        return None
+    assert isinstance(batch.image, torch.Tensor)
+    numbers = torch.tensor([image_number(path) for path in batch.image_path])
+    return numbers.to(batch.image.device, non_blocking=True)
+
+
 def good_images(
     dataset: Any, most: int, pre_process: Callable[[Any], torch.Tensor] | None, files: FileCheck
-) -> Iterator[torch.Tensor]:
+) -> Iterator[tuple[torch.Tensor, int]]:
     """Read images of a data set without what is done to them by chance.
 
     Args:
@@ -47,7 +64,7 @@ def good_images(
         files: Looks at their files.
 
     Yields:
-        The images ``(3, H, W)`` as the model sees them.
+        The images ``(3, H, W)`` as the model sees them, and the number of each, see :func:`image_number`.
 
     Raises:
         ValueError: If an image holds NaN, is not in [0, 1], or comes from a file of more than 8 bits a channel.
@@ -61,4 +78,4 @@ def good_images(
         files.check(paths)
         image = item.image if pre_process is None else pre_process(item.image)
         check_values(image, paths)
-        yield image
+        yield image, image_number(item.image_path, index)

@@ -25,12 +25,13 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_twostage.inspection.threshold import MidwayPostProcessor
 from anomalib_twostage.inspection.visualizer import StageVisualizer
-from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform, imitate_faults, training_images
+from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform, training_images
 
+from .backbone import DEFAULT_BACKBONE
 from .checks import CheckedImages, FileCheck, check_fraction
 from .engine import release_trainer, take_trainer
 from .export import FaithfulExport
-from .good_images import good_images, training_data
+from .good_images import good_images, image_numbers, training_data
 from .loss import make_loss
 from .painting import Painting
 from .schedule import TwoStageTraining
@@ -52,19 +53,21 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
     elsewhere are taken as painted.
 
     Args:
-        variant: ``"default"``; ``"small"``, a quarter of its cost; or ``"paper"``, as published: networks of
-            DRAEM's discriminative shape, published loss, hard gate.
+        variant: ``"default"``, which looks through a small pretrained backbone; ``"scratch"``, which learns all from
+            random weights; ``"small"``, a quarter of that; or ``"paper"``, as published: networks of DRAEM's
+            discriminative shape, published loss, hard gate.
         loss: ``"default"`` (focal loss and Dice) or ``"paper"`` (squared error and SSIM, equation 4);
             ``None`` takes the variant's own.
         gate: ``"average"`` (stage two's map, zero outside the selected superpixels, is averaged with stage one's) or
             ``"hard"`` (stage two's alone, as published); ``None`` takes the variant's own.
-        template: Whether the networks also see how far each pixel is from the good training images at the same place,
-            and from those nearest to the image (:class:`~anomalib_twostage.model.template.GoldenTemplate`); ``None``
-            takes the variant's own.
-        num_neighbors: Nearest good images that the template compares with, 0 for none.
+        template: Whether the networks see how far the image is from the good training images: from their nearest
+            patches (:class:`~anomalib_twostage.model.memory.PatchMemory`), or, without a backbone, from them at the
+            same place (:class:`~anomalib_twostage.model.template.GoldenTemplate`); ``None`` takes the variant's own.
+        num_neighbors: Nearest good images that a golden template compares with, 0 for none.
         smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
             the variant's own: a quarter of the segment size, none for ``"paper"``.
-        segment_size: Side of a superpixel in pixels of the resized image.
+        segment_size: Side of a superpixel in pixels of the resized image, 1 for none; ``None`` takes the variant's own,
+            8 for ``"default"``, else 16.
         compactness: Weight of position against colour in SLIC.
         stage_one_fraction: Share of the optimiser steps for stage one, in (0, 1).
         learning_rate: Peak learning rate of both stages.
@@ -77,6 +80,9 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         post_processor: Post-processor, or a flag for the default.
         evaluator: Evaluator, or a flag for the default, which is anomalib's.
         visualizer: Visualizer, or a flag for the default, which is :class:`StageVisualizer`.
+        backbone: Pretrained network that ``"default"`` looks through: the name of a convolutional one of timm, a file
+            of weights, or ``None`` for variant ``"scratch"``. The default's weights are installed with the package.
+        place_deviation: Whether ``"default"`` also compares features with the mean of the good images at their place.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -92,13 +98,13 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
 
     def __init__(
         self,
-        variant: Literal["default", "small", "paper"] = "default",
+        variant: Literal["default", "scratch", "small", "paper"] = "default",
         loss: Literal["default", "paper"] | None = None,
         gate: Literal["average", "hard"] | None = None,
         template: bool | None = None,
         num_neighbors: int = 4,
         smoothing: float | None = None,
-        segment_size: int = 16,
+        segment_size: int | None = None,
         compactness: float = 10.0,
         stage_one_fraction: float = 0.7,
         learning_rate: float = 2e-3,
@@ -110,6 +116,8 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
         painter: PseudoAnomalyTransform | None = None,
+        backbone: str | Path | None = DEFAULT_BACKBONE,
+        place_deviation: bool = True,
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         check_fraction("stage_one_fraction", stage_one_fraction, include_one=False)
@@ -117,10 +125,21 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
         self.model = two_stage_superpixel_model(
-            variant, segment_size, compactness, 3, gate, template, num_neighbors, smoothing
+            *(
+                variant,
+                segment_size,
+                compactness,
+                3,
+                gate,
+                template,
+                num_neighbors,
+                smoothing,
+                backbone,
+                place_deviation,
+            )
         )
         self.loss = make_loss(loss or VARIANTS[variant].loss)
-        self.variant = variant
+        self.variant = "scratch" if variant == "default" and backbone is None else variant
         self.stage_one_fraction = stage_one_fraction
         self.learning_rate = learning_rate
         self.paint = paint
@@ -164,7 +183,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         self._painting.see(dataset)
         if self.trainer.global_step == 0 and self.model.template is not None:
             transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
-            self.model.template.fit(good_images(dataset, _TEMPLATE_IMAGES, transform, self._files))
+            self.model.remember(good_images(dataset, _TEMPLATE_IMAGES, transform, self._files))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check the images, and see which come painted, while they are in the host's memory: no step shall wait.
@@ -196,10 +215,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         assert self.painter is not None  # set in setup
         self.check_size(*batch.image.shape[-2:])
         _, images, mask = training_images(batch.image, self.painter, batch.gt_mask)
-        logits = self.model.stage_one(self.model.seen(images))
-        if self.model.stage == 2:
-            logits = self.model.stages(images, imitate_faults(logits.float())).stage_two_logits
-        loss = self.loss(logits, mask)
+        loss = self.loss(self.model.learned_logits(images, image_numbers(batch)), mask)
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, logger=True, batch_size=len(images))
         # Lightning would send a number over, and wait until it is there.
         stage = torch.full((), float(self.model.stage), device=self.device)

@@ -4,6 +4,7 @@
 import json
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,13 +15,14 @@ from torch.nn import functional
 
 from anomalib_twostage.common.precision import full_precision
 from anomalib_twostage.common.tracing import is_exporting
+from anomalib_twostage.pseudo_anomaly import imitate_faults
 from anomalib_twostage.superpixels.slic import Slic
 
+from .decoder import Decoder
 from .refiner import RefinedImage, SuperpixelRefiner
-from .template import GoldenTemplate
 from .unet import UNet
 
-__all__ = ["StageMaps", "TwoStageSuperpixelModel"]
+__all__ = ["Seen", "StageMaps", "TwoStageSuperpixelModel"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,18 @@ _SETTINGS = {
 }
 
 
+class Seen(NamedTuple):
+    """What the networks see of images.
+
+    Attributes:
+        levels: Stage one's inputs ``(B, C, h, w)``.
+        distance: How far each place is from the good images, ``(B, 1, H, W)`` float32 in [0, 1), or ``None``.
+    """
+
+    levels: tuple[torch.Tensor, ...]
+    distance: torch.Tensor | None = None
+
+
 class StageMaps(NamedTuple):
     """Everything between the image and the final map, for training, figures and ablations.
 
@@ -50,7 +64,8 @@ class StageMaps(NamedTuple):
         refined_image: The image where selected, zero elsewhere, ``(B, C, H, W)``.
         stage_two_logits: What stage two's loss is taken on, ``(B, 1, H, W)``; ``None`` before stage two, and in
             evaluation zero for images of which nothing is selected, because stage two does not run for them.
-        fused_map: The stages' maps together, ``(B, 1, H, W)`` float32 in [0, 1].
+        distance: How far each place is from the good images, ``(B, 1, H, W)`` float32 in [0, 1), or ``None``.
+        fused_map: All maps together, ``(B, 1, H, W)`` float32 in [0, 1].
         anomaly_map: The final map: the fused map, smoothed. ``(B, 1, H, W)`` float32 in [0, 1].
     """
 
@@ -61,6 +76,7 @@ class StageMaps(NamedTuple):
     selected: torch.Tensor
     refined_image: torch.Tensor
     stage_two_logits: torch.Tensor | None
+    distance: torch.Tensor | None
     fused_map: torch.Tensor
     anomaly_map: torch.Tensor
 
@@ -101,22 +117,23 @@ class TwoStageSuperpixelModel(nn.Module):
         torch.Size([2, 1, 128, 96])
     """
 
-    stage_one: UNet
+    stage_one: UNet | Decoder
     slic: Slic
     refiner: SuperpixelRefiner
-    stage_two: UNet
+    stage_two: UNet | Decoder
+    template: Any  # GoldenTemplate, FeatureTemplate or None
 
     # The image score is the highest mean over a window of this many pixels: one bright pixel is noise.
     score_window = 7
 
     def __init__(
         self,
-        stage_one: UNet,
+        stage_one: UNet | Decoder,
         slic: Slic,
         refiner: SuperpixelRefiner,
-        stage_two: UNet,
+        stage_two: UNet | Decoder,
         gate: Literal["hard", "average"] = "average",
-        template: GoldenTemplate | None = None,
+        template: nn.Module | None = None,
         smoothing: float = 0.0,
     ) -> None:
         super().__init__()
@@ -135,37 +152,36 @@ class TwoStageSuperpixelModel(nn.Module):
         self.smoothing = smoothing
         self.stage = 1
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        stage_one_logits: torch.Tensor | None = None,
-        kept: list[StageMaps] | None = None,
-    ) -> InferenceBatch:
+    def forward(self, images: torch.Tensor, kept: list[StageMaps] | None = None) -> InferenceBatch:
         """Detect anomalies.
 
         Args:
             images: ``(B, C, H, W)`` in [0, 1].
-            stage_one_logits: Logits ``(B, 1, H, W)`` to take for stage one's; by default stage one computes them.
             kept: A list that gets everything between the images and the answer, see :meth:`stages`.
 
         Returns:
             ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score`` ``(B,)``, float32 in [0, 1].
         """
         seen = self.seen(images)
-        if stage_one_logits is None:
-            stage_one_logits = self.stage_one(seen)
+        return self._answer(images, seen, self.stage_one(*seen.levels), kept)
+
+    def _answer(
+        self, images: torch.Tensor, seen: Seen, stage_one_logits: torch.Tensor, kept: list[StageMaps] | None
+    ) -> InferenceBatch:
+        stage_one_logits = stage_one_logits[..., : images.shape[-2], : images.shape[-1]]
         stage_one_map = stage_one_logits.detach().float().sigmoid()
         labels = self.slic(images)
         refined = self.refiner(images, stage_one_map, labels, self.slic.max_segments(*images.shape[-2:]))
         stage_two_logits = None
         if self.stage == 2:
-            handed_on = self._handed_on(seen, stage_one_map, refined)
+            handed_on = self._handed_on(images, seen, stage_one_map, refined)
             stage_two_logits = self._stage_two_logits(handed_on, refined.selected)
-        fused_map = self._fuse(stage_one_map, refined, stage_two_logits)
+        trained_map = self._fuse(stage_one_map, refined, stage_two_logits)
+        fused_map = self.weigh(trained_map, seen.distance)
         anomaly_map = self.smooth(fused_map)
         if kept is not None:
             on_the_way = (stage_one_logits, stage_one_map, labels, refined.pooled, refined.selected, refined.image)
-            kept.append(StageMaps(*on_the_way, stage_two_logits, fused_map, anomaly_map))
+            kept.append(StageMaps(*on_the_way, stage_two_logits, seen.distance, fused_map, anomaly_map))
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
 
     def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
@@ -179,43 +195,85 @@ class TwoStageSuperpixelModel(nn.Module):
             See :class:`StageMaps`.
         """
         kept: list[StageMaps] = []
-        self(images, stage_one_logits, kept)
+        seen = self.seen(images)
+        self._answer(images, seen, self.stage_one(*seen.levels) if stage_one_logits is None else stage_one_logits, kept)
         return kept[0]
 
-    def seen(self, images: torch.Tensor) -> torch.Tensor:
+    def learned_logits(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the stage that learns, on which its loss is taken.
+
+        Stage two sees stage one's maps with faults (:func:`~anomalib_twostage.pseudo_anomaly.imitate_faults`).
+
+        Args:
+            images: Training images ``(B, C, H, W)`` in [0, 1], painted.
+            numbers: Numbers of the images ``(B,)`` int64, by which a template knows its own.
+
+        Returns:
+            ``(B, 1, H, W)``, unbounded.
+        """
+        seen = self.seen(images, numbers)
+        logits = self.stage_one(*seen.levels)
+        if self.stage == 1:
+            return logits[..., : images.shape[-2], : images.shape[-1]]
+        kept: list[StageMaps] = []
+        self._answer(images, seen, imitate_faults(logits.float()), kept)
+        assert kept[0].stage_two_logits is not None
+        return kept[0].stage_two_logits
+
+    def remember(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:
+        """Take the template of good images ``(C, H, W)``, each with the number it is known by."""
+        if self.template is not None:
+            self.template.fit(image for image, _ in images)
+
+    def seen(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> Seen:
         """What stage one sees of images ``(B, C, H, W)``: them and, with a template, their deviations beside them."""
-        return images if self.template is None else torch.cat([images, self.template(images)], dim=1)
+        del numbers
+        return Seen((images if self.template is None else torch.cat([images, self.template(images)], dim=1),))
 
-    def _handed_on(self, seen: torch.Tensor, stage_one_map: torch.Tensor, refined: RefinedImage) -> torch.Tensor:
-        """What stage two sees, ``(B, C', H, W)``."""
+    def weigh(self, trained: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
+        """Give the distance its voice in a map ``(B, 1, H, W)``: here it has none."""
+        del distance
+        return trained
+
+    def _handed_on(
+        self, images: torch.Tensor, seen: Seen, stage_one_map: torch.Tensor, refined: RefinedImage
+    ) -> tuple[torch.Tensor, ...]:
+        """What stage two sees."""
+        del images
         if self.gate == "hard":
-            return refined.image
-        return torch.cat([seen, torch.cat([stage_one_map, refined.pooled], dim=1).to(seen.dtype)], dim=1)
+            return (refined.image,)
+        maps = torch.cat([stage_one_map, refined.pooled], dim=1)
+        return (torch.cat([seen.levels[0], maps.to(seen.levels[0].dtype)], dim=1),)
 
-    def _stage_two_logits(self, seen: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    def _stage_two_logits(self, seen: tuple[torch.Tensor, ...], selected: torch.Tensor) -> torch.Tensor:
         """Logits of stage two ``(B, 1, H, W)``; in evaluation zero for images of which nothing is selected.
 
         Stage two has no say there, so on a CPU it does not run for them: on a production line most images are good. An
         exported graph decides for the whole batch. Any other device would have to be asked and waited for, and runs it
         all.
         """
+        height, width = selected.shape[-2:]
+
+        def run(*seen: torch.Tensor) -> torch.Tensor:
+            return self.stage_two(*seen).float()[..., :height, :width]
+
         if is_exporting() and not self.training:
             touched = selected.amax(dim=(0, 1, 2, 3)) > 0
             logits: torch.Tensor = torch.cond(
                 touched,
                 # Without the detour a network at full resolution leaves other strides than zeros have.
-                lambda seen, _: self.stage_two(seen).float().squeeze(1).unsqueeze(1),
-                lambda _, selected: torch.zeros_like(selected),
-                (seen, selected),
+                lambda _, *seen: run(*seen).squeeze(1).unsqueeze(1),
+                lambda selected, *_: torch.zeros_like(selected),
+                (selected, *seen),
             )
             return logits
         if self.training or torch.compiler.is_compiling() or selected.device.type != "cpu":
-            return self.stage_two(seen).float()
+            return run(*seen)
         chosen = selected.flatten(1).any(dim=1).nonzero().flatten()
-        if len(chosen) == len(seen):
-            return self.stage_two(seen).float()
+        if len(chosen) == len(selected):
+            return run(*seen)
         logits = torch.zeros_like(selected)
-        return logits if len(chosen) == 0 else logits.index_copy(0, chosen, self.stage_two(seen[chosen]).float())
+        return logits if len(chosen) == 0 else logits.index_copy(0, chosen, run(*(level[chosen] for level in seen)))
 
     def _fuse(
         self, stage_one_map: torch.Tensor, refined: RefinedImage, stage_two_logits: torch.Tensor | None
@@ -226,6 +284,11 @@ class TwoStageSuperpixelModel(nn.Module):
             return first
         second = stage_two_logits.sigmoid() * refined.selected
         return second if self.gate == "hard" else (first + second) / 2
+
+    def without_stage_two(self, stages: StageMaps) -> torch.Tensor:
+        """The fused map as it would be without stage two, ``(B, 1, H, W)``."""
+        first = stages.stage_one_map
+        return self.weigh(first if self.gate == "hard" else (first + stages.pooled_map) / 2, stages.distance)
 
     def smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Smooth maps ``(B, 1, H, W)`` as the final map is, in float32: half precision would tie pixels."""
@@ -259,13 +322,19 @@ class TwoStageSuperpixelModel(nn.Module):
         With the average gate stage two continues from stage one's weights; those of its two further input channels
         start at zero. So it begins as stage one's equal, and all it learns is on top.
         """
-        if self.gate == "average" and self.stage == 1:
-            weights = self.stage_one.state_dict()
-            name = "encoder.0.0.weight"
-            first = torch.zeros_like(self.stage_two.state_dict()[name])
-            first[:, : weights[name].shape[1]] = weights[name]
-            self.stage_two.load_state_dict({**weights, name: first})
+        if self.stage == 1:
+            self._hand_over_weights()
         self._set_stage(2)
+
+    def _hand_over_weights(self) -> None:
+        """Let stage two continue from stage one's weights."""
+        if self.gate != "average":
+            return
+        weights = self.stage_one.state_dict()
+        name = "encoder.0.0.weight"
+        first = torch.zeros_like(self.stage_two.state_dict()[name])
+        first[:, : weights[name].shape[1]] = weights[name]
+        self.stage_two.load_state_dict({**weights, name: first})
 
     def _set_stage(self, stage: int) -> None:
         self.stage = stage
@@ -287,7 +356,7 @@ class TwoStageSuperpixelModel(nn.Module):
     def _owners(self) -> dict[str, nn.Module]:
         """The part that each setting belongs to."""
         parts = {name: getattr(self, part) if part else self for name, part in _SETTINGS.items()}
-        return {name: part for name, part in parts.items() if part is not None}
+        return {name: part for name, part in parts.items() if hasattr(part, name)}
 
     def get_extra_state(self) -> torch.Tensor:
         """Carry the stage and the settings inside the state dict: JSON in a tensor ``(N,)`` uint8.

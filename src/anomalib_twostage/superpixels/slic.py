@@ -82,7 +82,7 @@ class Slic(nn.Module):
     """Module form of :func:`slic` with a fixed segment size.
 
     Args:
-        segment_size: Side of a segment in pixels.
+        segment_size: Side of a segment in pixels; 1 leaves every pixel for itself.
         compactness: Weight of position against colour.
         num_iterations: Rounds of k-means.
 
@@ -98,8 +98,8 @@ class Slic(nn.Module):
     def __init__(self, segment_size: int = 16, compactness: float = 10.0, num_iterations: int = 2) -> None:
         super().__init__()
         _check_whole("segment_size", segment_size)
-        if segment_size < 2:
-            msg = f"segment_size must be at least 2 pixels, got {segment_size}."
+        if segment_size < 1:
+            msg = f"segment_size must be at least 1 pixel, got {segment_size}."
             raise ValueError(msg)
         _check_settings(compactness, num_iterations)
         self.segment_size = segment_size
@@ -113,6 +113,10 @@ class Slic(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images ``(B, C, H, W)`` in [0, 1] into labels ``(B, H, W)``, int64. See :func:`slic`."""
+        if self.segment_size == 1:
+            batch, _, height, width = images.shape
+            every = torch.arange(height * width, device=images.device).reshape(1, height, width)
+            return every.expand(batch, -1, -1).contiguous()
         return slic(
             images,
             segment_size=self.segment_size,

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two-stage model that looks through a pretrained backbone, at a memory of good patches.
+
+Stage one sees how features differ from those of the good images, and draws a coarse map. Superpixels widen it to whole
+patches of the image, and stage two looks at those in full resolution. The distance to the memory has a voice in the
+final map, beside what the stages have learned: what no paint resembles keeps its rank.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from anomalib_twostage.common.precision import full_precision
+
+from .backbone import Backbone
+from .memory import FeatureSums, PatchMemory, PlaceStatistics, as_patches
+from .refiner import RefinedImage
+from .torch_model import Seen, TwoStageSuperpixelModel
+
+__all__ = ["FeatureTemplate", "FeatureTwoStageModel"]
+
+_BATCH = 8
+_PER_IMAGE = 1024  # patches that a memory looks at, so that large images stay within bounds
+_FURTHEST = 3.0
+
+
+class FeatureTemplate(nn.Module):
+    """What is different about an image: its features against those of the good images.
+
+    There is a memory of patches at stride 16, one at stride 8, and one of the features of stride 4 averaged to stride
+    8. The mean of their calibrated distances is the image's distance map.
+
+    Args:
+        backbone: Where features come from.
+        memory: Whether there are memories; without, features are compared with the mean of their place alone.
+        place: Whether each place has its own mean; otherwise features are compared with the mean of all places.
+        size: Patches of each memory.
+
+    Example:
+        >>> from anomalib_twostage.model.backbone import Backbone
+        >>> FeatureTemplate(Backbone())(torch.rand(1, 3, 64, 64)).distance.shape
+        torch.Size([1, 1, 64, 64])
+    """
+
+    backbone: Backbone
+    statistics: Sequence[PlaceStatistics]
+    memories: Sequence[PatchMemory]
+
+    def __init__(self, backbone: Backbone, memory: bool = True, place: bool = True, size: int = 2048) -> None:
+        super().__init__()
+        self.backbone = backbone
+        statistics = [PlaceStatistics(channels, place) for channels in backbone.channels]
+        memories = [PatchMemory(channels, size) for channels in backbone.channels if memory]
+        self.statistics = nn.ModuleList(statistics)  # type: ignore[assignment]
+        self.memories = nn.ModuleList(memories)  # type: ignore[assignment]
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Channels of the levels that :meth:`forward` returns."""
+        fine, middle, coarse = self.backbone.channels
+        if not self.memories:
+            return coarse, middle, fine
+        return 2 * coarse + 1, 2 * middle + 2 * fine + 2, fine
+
+    @torch.no_grad()
+    def fit(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:
+        """Load the backbone's weights if need be, and remember good images.
+
+        Args:
+            images: Images ``(C, H, W)`` in [0, 1], one by one, each with the number it is known by.
+
+        Raises:
+            ValueError: If there is no image.
+            ModuleNotFoundError: If the backbone's weights are not installed.
+            OSError: If they cannot be got otherwise.
+        """
+        self.backbone.load_pretrained()
+        generator = torch.Generator().manual_seed(0)
+        device = self.backbone.ready.device
+        sums = [FeatureSums() for _ in self.statistics]
+        patches: list[list[torch.Tensor]] = [[] for _ in self.memories]
+        sources: list[int] = []
+        for batch, numbers in _batches(images):
+            levels = _pooled(self.backbone(batch.to(device)))
+            for own, level in zip(sums, levels, strict=True):
+                own.add(level)
+            for own_patches, level in zip(patches, levels, strict=False):
+                found = as_patches(level.float()).reshape(len(batch), -1, 2 * level.shape[1])
+                for one in found:
+                    own_patches.append(one[torch.randperm(len(one), generator=generator)[:_PER_IMAGE].to(device)])
+            sources += numbers
+        for statistics, own in zip(self.statistics, sums, strict=True):
+            statistics.fit(own)
+        for memory, statistics, own_patches in zip(self.memories, self.statistics, patches, strict=False):
+            lengths = torch.tensor([len(one) for one in own_patches])
+            middle, spread = (value.flatten().repeat(2) for value in (statistics.middle, statistics.spread))
+            memory.fit((torch.cat(own_patches) - middle) / spread, torch.tensor(sources).repeat_interleave(lengths))
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> Seen:
+        """Compare images with the good ones, in float32.
+
+        Args:
+            images: ``(B, C, H, W)`` in [0, 1].
+            numbers: Numbers ``(B,)`` int64 of images that were remembered, which are not to find themselves.
+
+        Returns:
+            How features differ at strides 16, 8 and 4, and the distance map ``(B, 1, H, W)`` in [0, 1), if there are
+            memories.
+        """
+        raw = self.backbone(images)
+        with full_precision(images.device):
+            finest = self.statistics[0].deviation(self.statistics[0].scaled(raw[0]))
+            levels = [own.scaled(level) for own, level in zip(self.statistics, _pooled(raw), strict=True)]
+            places = [own.deviation(level) for own, level in zip(self.statistics, levels, strict=True)]
+            if not self.memories:
+                return Seen((places[2], places[1], finest), None)
+            found = [memory(level, numbers) for memory, level in zip(self.memories, levels, strict=True)]
+            fine, middle, coarse = found
+            distances = [nearest.distance.clamp_max(_FURTHEST) for nearest in found]
+            size = middle.distance.shape[-2:]
+            enlarged = functional.interpolate(coarse.distance, size, mode="bilinear", align_corners=False)
+            distance = (fine.distance + middle.distance + enlarged) / 3
+            distance = functional.interpolate(distance, images.shape[-2:], mode="bilinear", align_corners=False)
+            at_16 = torch.cat([coarse.difference, places[2], distances[2]], dim=1)
+            at_8 = [middle.difference, places[1], fine.difference, places[0], distances[1], distances[0]]
+            return Seen((at_16, torch.cat(at_8, dim=1), finest), (distance / 2).tanh())
+
+
+class FeatureTwoStageModel(TwoStageSuperpixelModel):
+    """Stage one on features that differ, superpixel refinement, stage two on those and the image's own detail.
+
+    Stage two sees what stage one sees and, in full resolution, the image, stage one's map, its superpixel average and
+    the distance map. The stages' maps are fused as in :class:`TwoStageSuperpixelModel`; the final map is
+    ``D (1/2 + M) / (3/2)`` of that map ``M`` and the distance map ``D``, smoothed.
+    """
+
+    template: FeatureTemplate
+
+    def remember(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:
+        """Take the template of good images ``(C, H, W)``, each with the number it is known by."""
+        self.template.fit(images)
+
+    def seen(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> Seen:
+        """What stage one sees of images ``(B, C, H, W)``, and their distance map."""
+        return self.template(images, numbers)
+
+    def weigh(self, trained: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
+        """Give the distance its voice in a map ``(B, 1, H, W)`` in [0, 1]."""
+        return trained if distance is None else distance * (0.5 + trained) / 1.5
+
+    def _handed_on(
+        self, images: torch.Tensor, seen: Seen, stage_one_map: torch.Tensor, refined: RefinedImage
+    ) -> tuple[torch.Tensor, ...]:
+        if self.gate == "hard":
+            images = refined.image
+        maps = [stage_one_map, refined.pooled, *([] if seen.distance is None else [seen.distance])]
+        detail = torch.cat([2 * images.float() - 1, *maps], dim=1)
+        height, width = images.shape[-2:]
+        if height % 2 or width % 2:
+            detail = functional.pad(detail, (0, width % 2, 0, height % 2), mode="replicate")
+        return (*seen.levels, functional.pixel_unshuffle(detail, 2))
+
+    def _hand_over_weights(self) -> None:
+        """Let stage two continue from stage one's weights, as far as it has the same layers."""
+        own = self.stage_two.state_dict()
+        taken = {name: value for name, value in self.stage_one.state_dict().items() if not name.startswith("head.")}
+        self.stage_two.load_state_dict({**own, **taken})
+
+
+def _pooled(levels: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Features at strides 4, 8 and 16 with the first averaged to stride 8."""
+    fine, middle, coarse = levels
+    size = middle.shape[-2:]
+    return [functional.avg_pool2d(fine, 2, ceil_mode=True)[..., : size[0], : size[1]], middle, coarse]
+
+
+def _batches(images: Iterable[tuple[torch.Tensor, int]]) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Images of one size together, in batches."""
+    waiting: list[torch.Tensor] = []
+    numbers: list[int] = []
+    for image, number in images:
+        if waiting and (len(waiting) == _BATCH or waiting[0].shape != image.shape):
+            yield torch.stack(waiting), numbers
+            waiting, numbers = [], []
+        waiting.append(image)
+        numbers.append(number)
+    if waiting:
+        yield torch.stack(waiting), numbers

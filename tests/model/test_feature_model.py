@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from torch.nn import functional
+
+from anomalib_twostage import TwoStageSuperpixel
+from anomalib_twostage.model.backbone import Backbone
+from anomalib_twostage.model.decoder import Decoder
+from anomalib_twostage.model.feature_model import FeatureTemplate, FeatureTwoStageModel
+from anomalib_twostage.model.good_images import image_number
+from anomalib_twostage.model.variants import two_stage_superpixel_model
+
+SIDE = 64
+
+
+def good_images(count: int = 6, side: int = SIDE) -> Iterator[tuple[torch.Tensor, int]]:
+    """Pictures that are alike but for noise, each with its number."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 8, 8, generator=generator)
+    common = functional.interpolate(coarse, size=(side, side), mode="bilinear")[0]
+    for number in range(count):
+        yield (common + 0.05 * torch.rand(3, side, side, generator=generator)).clamp(0, 1), number
+
+
+def with_a_spot(image: torch.Tensor) -> torch.Tensor:
+    """The same image, with a square of another colour in the middle."""
+    image = image.clone()
+    image[:, 24:40, 24:40] = 1 - image[:, 24:40, 24:40]
+    return image
+
+
+@pytest.fixture(scope="module")
+def remembered() -> FeatureTwoStageModel:
+    torch.manual_seed(0)
+    model = two_stage_superpixel_model("default").eval()
+    assert isinstance(model, FeatureTwoStageModel)
+    model.remember(good_images())
+    return model
+
+
+def test_the_distance_is_high_where_an_image_differs_before_any_training(remembered: FeatureTwoStageModel) -> None:
+    good = next(good_images())[0]
+    distance = remembered.seen(torch.stack([good, with_a_spot(good)])).distance
+    assert distance is not None
+    assert distance.shape == (2, 1, SIDE, SIDE)
+    assert distance.min() >= 0
+    assert distance.max() < 1
+    spot = distance[1, 0, 24:40, 24:40]
+    assert spot.mean() > 3 * distance[0].mean()
+    assert spot.mean() > 1.5 * distance[1, 0, :10].mean()
+
+
+def test_a_training_image_does_not_find_itself(remembered: FeatureTwoStageModel) -> None:
+    images = torch.stack([image for image, _ in good_images()])
+    found = remembered.seen(images).distance
+    others = remembered.seen(images, torch.arange(len(images))).distance
+    assert found is not None
+    assert others is not None
+    assert others.mean() > 2 * found.mean()
+
+
+def test_the_same_images_give_the_same_memory_whatever_the_random_state(remembered: FeatureTwoStageModel) -> None:
+    torch.manual_seed(123)
+    other = FeatureTemplate(Backbone())
+    other.fit(good_images())
+    for name, value in remembered.template.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_images_of_any_number_and_size_are_remembered_in_bounds() -> None:
+    template = FeatureTemplate(Backbone(), size=50)
+    template.fit(image for side in (64, 96) for image in good_images(9, side))
+    assert [len(memory.patches) for memory in template.memories] == [50, 50, 50]
+    assert template.statistics[1].mean.shape[-2:] == (8, 8)
+    assert template(torch.rand(1, 3, 80, 70)).distance.shape == (1, 1, 80, 70)
+
+
+def test_one_image_is_enough() -> None:
+    model = two_stage_superpixel_model("default").eval()
+    image = next(good_images())[0]
+    model.remember([(image, 7)])
+    with torch.no_grad():
+        assert model(with_a_spot(image).unsqueeze(0)).anomaly_map.isfinite().all()
+    model.train()
+    assert model.learned_logits(image.expand(2, -1, -1, -1), torch.tensor([7, 7])).isfinite().all()
+
+
+def test_no_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one good image"):
+        two_stage_superpixel_model("default").remember([])
+
+
+@pytest.mark.parametrize("options", [{}, {"template": False}, {"place_deviation": False}, {"gate": "hard"}], ids=str)
+def test_every_option_gives_maps_in_range_in_both_stages(options: dict) -> None:
+    model = two_stage_superpixel_model("default", **options).eval()
+    model.remember(good_images(3))
+    for _ in range(2):
+        with torch.no_grad():
+            found = model(torch.rand(2, 3, 65, 83))
+        assert found.anomaly_map.shape == (2, 1, 65, 83)
+        assert found.anomaly_map.min() >= 0
+        assert found.anomaly_map.max() <= 1
+        model.start_stage_two()
+
+
+def test_grey_images_have_a_model_of_their_own() -> None:
+    model = two_stage_superpixel_model("default", in_channels=1).eval()
+    model.remember((image[:1], number) for image, number in good_images(3))
+    model.start_stage_two()
+    with torch.no_grad():
+        assert model(torch.rand(1, 1, SIDE, SIDE)).anomaly_map.shape == (1, 1, SIDE, SIDE)
+
+
+def test_what_no_paint_resembles_keeps_its_rank(remembered: FeatureTwoStageModel) -> None:
+    """Where the networks see nothing at all, the map ranks as the memory does."""
+    model = copy.deepcopy(remembered)
+    model.start_stage_two()
+    with torch.no_grad():
+        for network in (model.stage_one, model.stage_two):
+            network.head.weight.zero_()
+            network.head.bias.fill_(-10.0)
+        images = with_a_spot(next(good_images())[0]).unsqueeze(0)
+        maps = model.stages(images)
+    torch.testing.assert_close(maps.anomaly_map, model.smooth(maps.distance) / 3, atol=1e-4, rtol=0)
+
+
+def test_the_map_is_the_distance_weighed_by_what_the_stages_say(remembered: FeatureTwoStageModel) -> None:
+    model = copy.deepcopy(remembered)
+    model.start_stage_two()
+    model.refiner.threshold = 1e-3
+    with torch.no_grad():
+        maps = model.stages(with_a_spot(next(good_images())[0]).unsqueeze(0))
+    assert maps.stage_two_logits is not None
+    second = maps.stage_two_logits.sigmoid() * maps.selected
+    trained = ((maps.stage_one_map + maps.pooled_map) / 2 + second) / 2
+    torch.testing.assert_close(maps.fused_map, maps.distance * (1 + 2 * trained) / 3)
+    first = (maps.stage_one_map + maps.pooled_map) / 2
+    torch.testing.assert_close(model.without_stage_two(maps), maps.distance * (1 + 2 * first) / 3)
+
+
+def test_stage_two_looks_at_single_pixels(remembered: FeatureTwoStageModel) -> None:
+    model = copy.deepcopy(remembered).eval()
+    model.start_stage_two()
+    image = next(good_images())[0].unsqueeze(0)
+    with torch.no_grad():
+        seen = model.seen(image)
+        first = model.stage_one(*seen.levels).sigmoid()
+        refined = model.refiner(image, first, model.slic(image), model.slic.max_segments(SIDE, SIDE))
+        moved = image.clone()
+        moved[..., 20, 21] = 1.0
+        before = model.stage_two(*model._handed_on(image, seen, first, refined))
+        after = model.stage_two(*model._handed_on(moved, seen, first, refined))
+    changed = (before != after)[0, 0].nonzero()
+    assert (changed == torch.tensor([20, 21])).all(dim=1).any()
+
+
+def test_stage_two_continues_from_stage_one(remembered: FeatureTwoStageModel) -> None:
+    model = copy.deepcopy(remembered)
+    model.start_stage_two()
+    own = model.stage_two.state_dict()
+    for name, value in model.stage_one.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(own[name], value), name
+
+
+def test_only_the_stage_that_learns_gets_gradients(remembered: FeatureTwoStageModel) -> None:
+    model = copy.deepcopy(remembered).train()
+    images = torch.stack([image for image, _ in good_images(2)])
+    for learning, resting in (("stage_one", "stage_two"), ("stage_two", "stage_one")):
+        model.zero_grad()
+        model.learned_logits(images, torch.arange(2)).sum().backward()
+        assert any(parameter.grad is not None for parameter in getattr(model, learning).parameters())
+        assert all(parameter.grad is None for parameter in getattr(model, resting).parameters())
+        assert all(parameter.grad is None for parameter in model.template.parameters())
+        model.start_stage_two()
+
+
+def test_everything_travels_in_the_state_dict(remembered: FeatureTwoStageModel) -> None:
+    file = io.BytesIO()
+    torch.save(remembered.state_dict(), file)
+    assert file.tell() < 15e6
+    file.seek(0)
+    other = two_stage_superpixel_model("default", smoothing=1.0).eval()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    images = with_a_spot(next(good_images())[0]).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(remembered(images).anomaly_map, other(images).anomaly_map)
+    assert other.template.backbone.ready
+
+
+def test_without_a_backbone_the_variant_is_trained_from_scratch() -> None:
+    model = TwoStageSuperpixel(backbone=None)
+    assert model.variant == "scratch"
+    own, scratch = model.model.state_dict(), TwoStageSuperpixel(variant="scratch").model.state_dict()
+    assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in scratch.items()}
+
+
+def test_numbers_of_images_are_those_of_their_files() -> None:
+    from anomalib_twostage.model.good_images import image_numbers
+
+    paths = [str(Path("good") / f"{number}.png") for number in range(3)]
+    batch = ImageBatch(image=torch.rand(3, 3, 8, 8), image_path=paths)
+    assert image_numbers(batch).tolist() == [image_number(path) for path in paths]
+    assert len(set(image_numbers(batch).tolist())) == 3
+    assert image_numbers(ImageBatch(image=torch.rand(3, 3, 8, 8))) is None
+
+
+def test_levels_and_widths_must_be_as_many() -> None:
+    with pytest.raises(ValueError, match=r"\(3, 4\) and \(8,\)"):
+        Decoder((3, 4), (8,), stride=2)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import pickle
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,6 +187,43 @@ class TestWhatIsWrong:
         assert (tmp_path / "full/precious.txt").exists()
         assert len(list(tmp_path.iterdir())) == 2
 
+    @pytest.mark.skipif(
+        not Path("/proc/self").exists(), reason="needs a folder where nobody may write, as Linux's /proc"
+    )
+    def test_a_place_where_nobody_may_write(self) -> None:
+        with pytest.raises(OSError, match=r"Cannot write the inspection page to /proc/page \(.+\): free the place or"):
+            write_page([predictions([0.1])], "/proc/page")
+
+    @pytest.mark.parametrize("full_at", ["thumbs/00002.jpg", "maps/00002.png", "page.css", "index.html"])
+    def test_a_disk_that_fills_up(self, full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        page = write_page([predictions([0.1])], tmp_path / "page").parent
+        before = sorted(page.rglob("*")), (page / "index.html").read_bytes()
+        originals = Image.Image.save, shutil.copyfile, Path.write_text
+
+        def full(path: Path) -> None:
+            if str(path).endswith(full_at):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def save(self: Image.Image, path: Path, **options: object) -> None:
+            full(path)
+            originals[0](self, path, **options)
+
+        def copyfile(source: Path, target: Path) -> None:
+            full(target)
+            originals[1](source, target)
+
+        def write_text(self: Path, *args: str, **options: object) -> None:
+            full(self)
+            originals[2](self, *args, **options)
+
+        monkeypatch.setattr(Image.Image, "save", save)
+        monkeypatch.setattr(shutil, "copyfile", copyfile)
+        monkeypatch.setattr(Path, "write_text", write_text)
+        with pytest.raises(OSError, match=r"to .*/page \(No space left on device\): free the place or name another"):
+            write_page([predictions([0.2, 0.3])], page)
+        assert (sorted(page.rglob("*")), (page / "index.html").read_bytes()) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["page"]
+
     def test_settings(self, tmp_path: Path) -> None:
         for settings in ({"picture_size": 10}, {"min_area": 0}):
             with pytest.raises(ValueError, match=f"{next(iter(settings))} must be at least"):
@@ -208,6 +247,17 @@ class TestWhatIsWrong:
         data, (remark,) = read_page(write_page([InferenceBatch(anomaly_map=maps)], tmp_path / "page").parent)
         assert "highest value" in remark
         assert [image["score"] for image in data["images"]] == maps.amax(dim=(1, 2, 3)).tolist()
+
+    def test_maps_that_are_no_numbers(self, tmp_path: Path) -> None:
+        maps = torch.full((2, 8, 8), float("nan"))
+        maps[1] = 0.6
+        batch = predictions([0.7, 0.6], anomaly_map=maps, pred_mask=None)
+        page = write_page([batch], tmp_path / "page").parent
+        assert picture(page, "maps", "00001").max() == 0
+        assert (picture(page, "maps", "00002") == 153).all()
+        assert [len(image["regions"]) for image in read_page(page)[0]["images"]] == [0, 1]
+        (image,) = read_page(write_page([InferenceBatch(anomaly_map=maps[:1])], page).parent)[0]["images"]
+        assert image["score"] is None
 
     def test_files_that_were_predicted_twice_are_both_shown(self, tmp_path: Path) -> None:
         batches = [predictions([0.1, 0.2]), predictions([0.3, 0.4])]
@@ -246,6 +296,7 @@ class TestCommand:
             ("cut.pt", "cut.pt is no file of torch.save"),
             ("weights.pt", "weights.pt holds a dict"),
             ("none.pt", "There are no predictions"),
+            ("verdicts.pt", "nothing to sort by.*VlmAd gives verdicts alone.*Dfkde, Ganomaly"),
         ],
     )
     def test_what_is_wrong_is_named_and_nothing_is_written(
@@ -263,6 +314,7 @@ class TestCommand:
         Path("cut.pt").write_bytes(Path("cut.pt").read_bytes()[:-2000])
         torch.save({"weight": torch.zeros(2)}, "weights.pt")
         torch.save([], "none.pt")
+        torch.save([InferenceBatch(pred_label=torch.tensor([True]))], "verdicts.pt")
         with pytest.raises(SystemExit) as stop:
             main([name])
         assert stop.value.code == 2

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
 from anomalib_twostage import write_page
+from anomalib_twostage.inspection.page.rows import PageHead
+from anomalib_twostage.inspection.page.writer import PageWriter
 
 from .page_data import predictions
 
@@ -132,6 +135,8 @@ def opened(browser: webdriver.Chrome, tmp_path: Path) -> Iterator[Callable[..., 
 
     yield open_page
     assert browser.get_log("browser") == []
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert all(name.startswith(tmp_path.as_uri()) for name in loaded)
 
 
 def test_images_stand_in_the_order_of_their_scores_and_filters_leave_some(opened: Callable[..., Page]) -> None:
@@ -253,6 +258,46 @@ def test_a_click_opens_the_large_view_with_regions(opened: Callable[..., Page]) 
     assert not page.at("large").is_displayed()
 
 
+def test_the_stages_of_this_packages_model(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    writer = PageWriter(tmp_path / "page")
+    maps = torch.full((2, 1, 32, 32), 0.25)
+    labels = torch.arange(16).view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1).expand(2, -1, -1)
+    stages = SimpleNamespace(stage_one_map=maps, labels=labels, refined_image=maps.expand(-1, 3, -1, -1))
+    writer.add(predictions([0.7, 0.2]), stages=stages)
+    page = Page(browser, writer.finish(PageHead("Stages")).parent)
+    strips = page.all(".image .of-stages")
+    assert [strip.is_displayed() for strip in strips] == [False, False]
+    page.choose("view", "stages")
+    assert [strip.is_displayed() for strip in strips] == [True, True]
+    assert all(frame.is_displayed() for frame in page.all(".image .of-image"))
+    assert not any(frame.is_displayed() for frame in page.all(".image .of-map"))
+    strips[1].click()
+    page.settle()
+    strip = page.all("#large-stages img")[0]
+    assert strip.is_displayed()
+    assert browser.execute_script("return arguments[0].naturalWidth / arguments[0].naturalHeight", strip) == 3
+    assert page.at("large-name").text == "001.png"
+    assert browser.get_log("browser") == []
+
+
+def test_the_setting_is_copied(opened: Callable[..., Page]) -> None:
+    page = opened(predictions(SCORES, TRUTHS))
+    page.drag(0.75)
+    page.at("copy").click()
+    page.at("name").send_keys(Keys.CONTROL, "v")
+    assert page.at("name").get_attribute("value").split() == page.at("setting").text.split()
+
+
+def test_images_of_the_same_name_keep_apart(opened: Callable[..., Page]) -> None:
+    page = opened(predictions([0.9, 0.2, 0.6], image_path=["a/1.png", "b/1.png", "b/1.png"]))
+    assert page.names() == ["a/1.png", "b/1.png", "b/1.png"]
+    assert page.choose("folder", "b") == ["b/1.png", "b/1.png"]
+    assert [card.text.split("\n")[1] for card in page.all(".image") if card.is_displayed()] == ["0.600", "0.200"]
+    page.all(".image")[2].click()
+    assert page.at("large-facts").text == "score 0.2000 · normal"
+    assert page.at("large-stack").find_element(By.CSS_SELECTOR, "img").get_attribute("src").endswith("00002.jpg")
+
+
 def test_contours_follow_the_pixel_threshold(opened: Callable[..., Page]) -> None:
     page = opened(predictions([0.6, 0.58], [True, True]))
 
@@ -313,6 +358,13 @@ def test_without_labels_nothing_asks_for_the_truth(opened: Callable[..., Page]) 
         (predictions([0.7, 0.2, 0.3], [True] * 3), "none", "2 of 3 (66.7 %)"),
         (predictions([0.7, float("nan"), 0.3], [True, True, False]), "0 of 1 (0.0 %)", "0 of 1 (0.0 %)"),
         (predictions([float("nan")], [True]), "none", "none"),
+        (
+            predictions(
+                [0.7, 0.3], [True, False], anomaly_map=torch.full((2, 8, 8), float("nan")), pred_mask=None, gt_mask=None
+            ),
+            "0 of 1 (0.0 %)",
+            "0 of 1 (0.0 %)",
+        ),
         (predictions([0.0, 0.0], [False] * 2), "0 of 2 (0.0 %)", "none"),
         (InferenceBatch(pred_score=torch.tensor([0.3, 0.8])), "", ""),
         (InferenceBatch(anomaly_map=torch.rand(2, 1, 8, 8)), "", ""),

@@ -26,6 +26,7 @@ from anomalib_twostage_plugin import register
 from .data import SampleTextures
 from .inspection.page.callback import InspectionPage
 from .inspection.page.writer import write_page
+from .inspection.painted_defects import PaintedDefects
 from .inspection.regions import Region, RegionWriter, find_regions, write_regions
 from .inspection.threshold import MidwayPostProcessor
 from .inspection.visualizer import StageVisualizer
@@ -43,6 +44,7 @@ __all__ = [
     "GoldenTemplate",
     "InspectionPage",
     "MidwayPostProcessor",
+    "PaintedDefects",
     "PaperLoss",
     "PerlinAnomaly",
     "PseudoAnomaly",

@@ -24,10 +24,15 @@ class Witness(Callback):
     def __init__(self) -> None:
         self.stages: list[int] = []
         self.random = 0.0
+        self.painted: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.stages.append(pl_module.model.stage)
         self.random = self.random or torch.get_rng_state().double().sum().item()
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        metrics = trainer.callback_metrics
+        self.painted = {name: float(value) for name, value in metrics.items() if name.startswith("painted")}
 
 
 def main(dataset: str, folder: str, processes: str, strategy: str) -> None:
@@ -59,7 +64,8 @@ def main(dataset: str, folder: str, processes: str, strategy: str) -> None:
     engine.fit(model, datamodule=data)
     results = engine.test(model, datamodule=data)[0]
     weights = {name: value.double().sum().item() for name, value in model.model.named_parameters()}
-    report = {"stages": witness.stages, "random": witness.random, "results": results, "weights": weights}
+    seen = {name: getattr(witness, name) for name in ("stages", "random", "painted")}
+    report = {**seen, "results": results, "weights": weights}
     Path(folder, f"rank{engine.trainer.global_rank}.json").write_text(json.dumps(report))
 
 

@@ -32,6 +32,9 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert first["stages"] == second["stages"] == [1] * 60 + [2] * 60
     assert first["weights"] == second["weights"]
     assert first["results"] == second["results"]
+    # Each process paints other good images; the figures are of them all.
+    assert first["painted"] == second["painted"]
+    assert first["painted"]["painted_pixel_AP"] > 0.3
     assert first["results"]["pixel_AUROC"] > 0.9
     # Paint is drawn in each process anew: from one seed, all would paint the same shapes.
     assert first["random"] != second["random"]

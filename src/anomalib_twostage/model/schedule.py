@@ -3,14 +3,16 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from anomalib.data import Batch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from anomalib_twostage.inspection.painted_defects import PaintedDefects
 
 from .checkpoint import ResumableCheckpoints
 from .engine import averaged_models
@@ -104,6 +106,14 @@ class TwoStageTraining(ResumableCheckpoints):
             switch = self.resume()  # first: asked for a run's length, the data loader draws the order of the images
             self._schedule = TwoStageSchedule(run_length(self.trainer), self.stage_one_fraction, switch)
         return self._schedule
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Bring along what tells how a training goes, unless the trainer has its own."""
+        callbacks = super().configure_callbacks()
+        own = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+        given = {type(callback) for callback in getattr(self._trainer, "callbacks", [])}
+        # First, so that post-processors have not changed the answers yet.
+        return [*(kind() for kind in (PaintedDefects,) if kind not in given), *own]
 
     def setup(self, stage: str) -> None:
         """Let stage one learn in a run that begins. A checkpoint that is resumed is loaded later."""

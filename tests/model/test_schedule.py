@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 
 from anomalib_twostage import TwoStageSuperpixel
+from anomalib_twostage.model import schedule
 from anomalib_twostage.model.schedule import TwoStageSchedule
 from tests.integration.conftest import write_dataset
 
@@ -101,7 +102,7 @@ def test_a_longer_run_resumed_in_stage_one_is_shared_anew(
     caplog.clear()
     model, path = make_model(stage_one_fraction=0.5), tmp_path / "first" / "model.ckpt"
     assert fit(model, dataset, tmp_path / "second", ckpt_path=path).stages == [1] * 2 + [2] * 3
-    assert not [record for record in caplog.records if record.name.startswith("anomalib_twostage")]
+    assert not [record for record in caplog.records if record.name == schedule.__name__]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7])
@@ -130,7 +131,7 @@ def test_nothing_is_said_of_a_run_with_both_stages(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fit(make_model(), dataset, tmp_path, steps=2)
-    assert not [record for record in caplog.records if record.name.startswith("anomalib_twostage")]
+    assert not [record for record in caplog.records if record.name == schedule.__name__]
 
 
 @pytest.mark.parametrize("use_buffers", [True, False])

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_twostage.inspection.painted_defects import PaintedDefects
+from anomalib_twostage.inspection.training_time import TrainingTime
 
 from .checkpoint import ResumableCheckpoints
 from .engine import averaged_models
@@ -113,7 +114,7 @@ class TwoStageTraining(ResumableCheckpoints):
         own = callbacks if isinstance(callbacks, Sequence) else [callbacks]
         given = {type(callback) for callback in getattr(self._trainer, "callbacks", [])}
         # First, so that post-processors have not changed the answers yet.
-        return [*(kind() for kind in (PaintedDefects,) if kind not in given), *own]
+        return [*(kind() for kind in (PaintedDefects, TrainingTime) if kind not in given), *own]
 
     def setup(self, stage: str) -> None:
         """Let stage one learn in a run that begins. A checkpoint that is resumed is loaded later."""

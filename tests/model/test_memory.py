@@ -7,7 +7,14 @@ import torch
 from anomalib.models.components.sampling import KCenterGreedy
 from scipy.spatial.distance import cdist
 
-from anomalib_twostage.model.memory import FeatureSums, PatchMemory, PlaceStatistics, as_patches, farthest_first
+from anomalib_twostage.model.memory import (
+    FeatureSums,
+    PatchMemory,
+    PlaceStatistics,
+    _halves,
+    as_patches,
+    farthest_first,
+)
 
 CHANNELS = 6
 
@@ -161,3 +168,19 @@ def test_what_was_remembered_travels_in_the_state_dict() -> None:
     assert torch.equal(memory(features).distance, other(features).distance)
     with pytest.raises(RuntimeError, match="size mismatch"):
         PatchMemory(CHANNELS + 1).load_state_dict(memory.state_dict())
+
+
+def test_products_of_halves_are_exact_where_operands_are_rounded_to_ten_bits() -> None:
+    """As TF32 does; the product of the values themselves would find other patches."""
+    torch.manual_seed(0)
+    first, second = 5 * torch.randn(300, 64), 5 * torch.randn(200, 64)
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+    exact = first.double() @ second.double().T
+    (high, low), (other_high, other_low) = _halves(first), _halves(second)
+    found = rounded(high) @ rounded(other_high).T + rounded(high) @ rounded(other_low).T
+    found += rounded(low) @ rounded(other_high).T
+    assert (found - exact).abs().max() < 2e-4 * exact.abs().max()
+    assert (found - exact).abs().max() < 0.05 * (rounded(first) @ rounded(second).T - exact).abs().max()

@@ -208,22 +208,30 @@ class PatchMemory(nn.Module):
         """Index of the nearest patch for each of ``(B * P, D)`` places: ``(B * P,)``."""
         if torch.compiler.is_compiling():
             return self._similarity(places).argmax(dim=1)
-        at_once = max(1, _ENTRIES // len(self.patches))
-        if numbers is None:
-            return torch.cat([self._similarity(some).argmax(dim=1) for some in places.split(at_once)])
+        per_image = len(places) // batch
+        own = None if numbers is None else self.sources == numbers.unsqueeze(1)  # (B, N)
+        images_at_once = max(1, _ENTRIES // (per_image * len(self.patches)))
+        places_at_once = max(1, _ENTRIES // len(self.patches))
         found = []
-        for own_places, number in zip(places.split(len(places) // batch), numbers, strict=True):
-            own = (self.sources == number).unsqueeze(0)
-            for some in own_places.split(at_once):
-                found.append(self._similarity(some).masked_fill(own, -torch.inf).argmax(dim=1))
+        for first in range(0, batch, images_at_once):
+            some = places[first * per_image : (first + images_at_once) * per_image]
+            for part in some.split(places_at_once):
+                similarity = self._similarity(part)
+                if own is not None:
+                    hidden = own[first : first + images_at_once].unsqueeze(1)
+                    similarity.view(len(hidden), -1, len(self.patches)).masked_fill_(hidden, -torch.inf)
+                found.append(similarity.argmax(dim=1))
         return torch.cat(found)
 
     def _similarity(self, places: torch.Tensor) -> torch.Tensor:
         """What is the greater the nearer patches are to places ``(P, D)``: ``(P, N)``."""
+        patches = self.patches
+        lengths = patches.square().sum(dim=1)
         if places.device.type != "cpu" and not torch.compiler.is_compiling():
-            # No matrix product, which a user may allow to be rounded.
-            return -torch.cdist(places, self.patches, compute_mode="donot_use_mm_for_euclid_dist")
-        return places @ self.patches.T - self.patches.square().sum(dim=1) / 2  # most where |a - b|^2 is least
+            # A user may allow products to be rounded (TF32). Halves with half the digits each lose none that count.
+            (high, low), (patch_high, patch_low) = _halves(places), _halves(patches)
+            places, patches = torch.cat([high, high, low], dim=1), torch.cat([patch_high, patch_low, patch_high], dim=1)
+        return places @ patches.T - lengths / 2  # most where |a - b|^2 is least
 
     def _usual_distance(self, patches: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """The distance from patches to those of other images that one patch of a thousand exceeds."""
@@ -277,6 +285,12 @@ def as_patches(features: torch.Tensor) -> torch.Tensor:
     """Patches ``(B * h * w, 2C)`` of features ``(B, C, h, w)``: each place's, and behind them the mean of 3 x 3."""
     means = functional.avg_pool2d(features, 3, stride=1, padding=1, count_include_pad=False)
     return torch.cat([features, means], dim=1).permute(0, 2, 3, 1).reshape(-1, 2 * features.shape[1])
+
+
+def _halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two tensors that add up to the values, the first of which has the digits of bfloat16."""
+    high = values.bfloat16().float()
+    return high, values - high
 
 
 def _resize_buffers(module: nn.Module, state_dict: dict[str, Any], prefix: str, kept: dict[str, int | None]) -> None:

@@ -73,7 +73,7 @@ class Recorder(Callback):
 
 def main() -> None:
     options = parser(__doc__, rounds=1)
-    options.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="sides (default: %(default)s)")
+    options.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="sides (default: %(default)s)")
     options.add_argument("--variants", nargs="+", default=["default", "scratch", "small", "paper"])
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--clock", default="wall", choices=list(CLOCKS))

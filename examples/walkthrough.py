@@ -12,7 +12,7 @@ Read it from top to bottom. Each step can be copied on its own, and leaves its o
     5_model/          the exported model
     6_camera/         what the exported model finds in a folder of images: regions.csv, and one picture each
 
-Needs `pip install "anomalib-twostage[openvino]"`; with `tensorboard` installed, training can be watched.
+Needs `pip install "anomalib[openvino]>=2.7,<2.8" "torch>=2.8"`; with `tensorboard` installed, training can be watched.
 """
 
 import argparse

@@ -13,6 +13,7 @@ import pytest
 from anomalib.cli import AnomalibCLI
 
 from anomalib_twostage import SuperpixelAnomaly
+from tests.inspection.page_data import read_page
 
 from .conftest import blocks, command_with, run, write_dataset
 
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/guide.md").read_text()
+INSPECTION = (ROOT / "docs/inspection.md").read_text()
 TINY = "--trainer.max_steps=2 --trainer.val_check_interval=2"
 
 
@@ -27,7 +29,7 @@ TINY = "--trainer.max_steps=2 --trainer.val_check_interval=2"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder where the guide's paths exist."""
     folder = tmp_path_factory.mktemp("guide")
-    plate = write_dataset(folder / "data", train=10, good=1, defective=4) / "plate"
+    plate = write_dataset(folder / "data", train=30, good=1, defective=4) / "plate"
     shutil.copytree(plate / "train/good", folder / "path/to/good")
     shutil.copytree(plate / "test/square", folder / "path/to/defective")
     shutil.copytree(plate / "test/square", folder / "path/to/camera")
@@ -36,8 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
-    """The folder after the guide's training command."""
-    run(f"{command_with(GUIDE, 'anomalib train')} {TINY}", folder)
+    """The folder after the guide's command to train with good images alone."""
+    run(f"{command_with(GUIDE, 'false_alarm_rate')} {TINY}", folder)
     return folder
 
 
@@ -62,21 +64,53 @@ def test_preview(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert (folder / "preview.png").is_file()
 
 
-def test_training_leaves_pictures_and_logs_where_the_guide_says(trained: Path) -> None:
+def test_thirty_good_images_give_a_page_and_a_threshold(trained: Path) -> None:
     assert "The run lies in `results/TwoStageSuperpixel/parts/latest`." in GUIDE
     latest = trained / "results/TwoStageSuperpixel/parts/latest"
-    assert list((latest / "images").rglob("*.png"))
     assert (latest / "weights/lightning/model.ckpt").is_file()
+    assert len(list((latest / "images").rglob("*.png"))) == 9
+    data, remarks = read_page(latest / "inspection")
+    assert remarks == ["The model's thresholds come from 9 good images alone, for 10 % false alarms."]
+    assert data["imageThreshold"] == 0.5
+    assert [image["truth"] for image in data["images"]] == [False] * 9
+    # The threshold stands where one in ten is called defective; these nine gave it, and none is above.
+    assert max(image["score"] for image in data["images"]) <= 0.5
+
+
+def test_training_with_defective_images_is_logged(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "path").symlink_to(folder / "path")
+    run(f"{command_with(GUIDE, 'abnormal_dir')} {TINY}", tmp_path)
+    data, remarks = read_page(tmp_path / "results/TwoStageSuperpixel/parts/latest/inspection")
+    assert not any("good images alone" in remark for remark in remarks)
+    assert {image["truth"] for image in data["images"]} == {True, False}
     # The command of the guide stays in front and serves; this one looks at the same logs and ends.
-    assert "training_examples" in run(f"{command_with(GUIDE, 'tensorboard')} --inspect", trained)
+    assert "training_examples" in run(f"{command_with(GUIDE, 'tensorboard')} --inspect", tmp_path)
 
 
 def test_predict(trained: Path) -> None:
-    (writer,) = re.findall(r"`(--trainer\.callbacks \S+)`", GUIDE)
+    (writer,) = re.findall(r"`(--trainer\.callbacks\+ \S+)`", GUIDE)
     run(f"{command_with(GUIDE, 'anomalib predict')} {writer}", trained)
     assert list((trained / "results").rglob("regions_predict.csv"))
-    (pictures,) = re.findall(r"The pictures lie in `(.*?)`\.", GUIDE)
+    pictures, page = re.findall(r"The pictures lie in `(.*?)`, the page in `(.*?)`\.", GUIDE)[0]
     assert len(list((trained / pictures).rglob("*.png"))) == 4
+    data, _ = read_page(trained / page)
+    assert [image["name"] for image in data["images"]] == [f"{i:03}.png" for i in range(4)]
+    assert [image["truth"] for image in data["images"]] == [None] * 4
+
+
+def test_the_commands_of_the_inspection_page(trained: Path) -> None:
+    shutil.copy(trained / "results/TwoStageSuperpixel/parts/latest/weights/lightning/model.ckpt", trained / "path/to")
+    run(command_with(INSPECTION, "anomalib test"), trained)
+    assert "`results/TwoStageSuperpixel/parts/latest/inspection`" in INSPECTION
+    tested, _ = read_page(trained / "results/TwoStageSuperpixel/parts/latest/inspection")
+    assert any(image["truth"] for image in tested["images"])
+    (snippet,) = (block for block in blocks(INSPECTION, "python") if "torch.save" in block)
+    (trained / "save.py").write_text(snippet)
+    run("python save.py", trained)
+    run(command_with(INSPECTION, "anomalib_twostage.inspect"), trained)
+    data, remarks = read_page(trained / "inspection")
+    assert [image["name"] for image in data["images"]] == [f"{i:03}.png" for i in range(4)]
+    assert remarks == []
 
 
 def test_export_and_inference(trained: Path) -> None:
@@ -102,12 +136,23 @@ def test_inline_options_parse() -> None:
     (off,) = re.findall(r"`(--model\.visualizer false)`", GUIDE)
     (other,) = re.findall(r"`(--model\.visualizer anomalib\.\S+)`", GUIDE)
     (painter,) = re.findall(r"`(--model\.painter .*?)`", GUIDE)
+    (size,) = re.findall(r"`(--model\.pre_processor .*?)`", GUIDE, flags=re.DOTALL)
     for options, expected in (("", "StageVisualizer"), (off, "NoneType"), (other, "ImageVisualizer")):
-        arguments = ["fit", "--model", "TwoStageSuperpixel", *options.split(), *painter.split(), "--data", "MVTecAD"]
+        arguments = [
+            "fit",
+            "--model",
+            "TwoStageSuperpixel",
+            *options.split(),
+            *painter.split(),
+            "--data",
+            "MVTecAD",
+            *size.split(),
+        ]
         cli = AnomalibCLI(args=arguments, run=False)
         assert type(cli.model.visualizer).__name__ == expected
         assert type(cli.model.painter) is SuperpixelAnomaly
         assert cli.model.painter.probability == 0.7
+        assert cli.model.input_size == (512, 512)
 
 
 def test_the_walkthrough_is_called_as_it_says_itself() -> None:
@@ -117,6 +162,14 @@ def test_the_walkthrough_is_called_as_it_says_itself() -> None:
 
 
 def test_every_command_is_covered() -> None:
-    covered = ("walkthrough", "SampleTextures;", "_twostage.preview", "anomalib train", "tensorboard --", "predict")
+    covered = (
+        "walkthrough",
+        "SampleTextures;",
+        "_twostage.preview",
+        "false_alarm_rate",
+        "abnormal_dir",
+        "tensorboard --",
+        "predict",
+    )
     for command in blocks(GUIDE, "bash"):
         assert sum(word in command for word in covered) == 1, command

@@ -252,13 +252,17 @@ def test_metrics_are_those_of_the_last_steps_model(config: Path) -> None:
         tested = [(model.model.eval().stages(batch.image), batch) for batch in data.test_dataloader()]
     assert model.model.stage == 2
     masks = torch.cat([batch.gt_mask for _, batch in tested]).flatten().int()
-    for row, name in zip(rows, ("stage_one_map", "pooled_map", "fused_map", "anomaly_map"), strict=True):
-        maps = torch.cat([getattr(stages, name) for stages, _ in tested])
-        if name in (
-            "stage_one_map",
-            "pooled_map",
-        ):  # smoothed like the final map, so that the rows differ by the method's parts alone
-            maps = model.model.smooth(maps)
+    smooth = model.model.smooth  # stages like the final map, so that the rows differ by the method's parts alone
+    of_stages = {
+        "stage one": lambda stages: smooth(stages.stage_one_map),
+        "superpixel mean": lambda stages: smooth(stages.pooled_map),
+        "without stage two": lambda stages: smooth((stages.stage_one_map + stages.pooled_map) / 2),
+        "not smoothed": lambda stages: stages.fused_map,
+        "final": lambda stages: stages.anomaly_map,
+    }
+    assert [row["map"] for row in rows] == list(of_stages)
+    for row, of in zip(rows, of_stages.values(), strict=True):
+        maps = torch.cat([of(stages) for stages, _ in tested])
         maps = maps.flatten()
         assert row["pixel AUROC"] == pytest.approx(roc_auc_score(masks, maps), abs=1e-4)
         assert row["pixel AP"] == pytest.approx(average_precision_score(masks, maps), abs=1e-4)
@@ -288,12 +292,12 @@ def test_killed_comparison_is_completed_by_the_same_command(config: Path) -> Non
                 process.send_signal(signal.SIGKILL)
                 break
     assert "2 trainings, 1 of them in out/table.csv already" in "".join(lines)
-    assert len(keys()) == 4
+    assert len(keys()) == 5
 
     compare(config)
     with Path("out/table.csv").open(newline="") as file:
         written = [(row["label"], row["map"]) for row in csv.DictReader(file)]
-    maps = ["stage one", "superpixel mean", "not smoothed", "final"]
+    maps = ["stage one", "superpixel mean", "without stage two", "not smoothed", "final"]
     assert written == [*(("ours", name) for name in maps), ("narrow Draem", "final")]
     (*_, before, draem) = read_rows(Path("out/table.csv"))[0]
     assert before["settings"]["trainer"] == draem["settings"]["trainer"] == {"accelerator": "cpu", "max_steps": STEPS}

@@ -64,9 +64,9 @@ class StageMaps(NamedTuple):
         refined_image: The image where selected, zero elsewhere, ``(B, C, H, W)``.
         stage_two_logits: What stage two's loss is taken on, ``(B, 1, H, W)``; ``None`` before stage two, and in
             evaluation zero for images of which nothing is selected, because stage two does not run for them.
-        distance: How far each place is from the good images, ``(B, 1, H, W)`` float32 in [0, 1), or ``None``.
         fused_map: All maps together, ``(B, 1, H, W)`` float32 in [0, 1].
         anomaly_map: The final map: the fused map, smoothed. ``(B, 1, H, W)`` float32 in [0, 1].
+        distance: How far each place is from the good images, ``(B, 1, H, W)`` float32 in [0, 1), or ``None``.
     """
 
     stage_one_logits: torch.Tensor
@@ -76,9 +76,9 @@ class StageMaps(NamedTuple):
     selected: torch.Tensor
     refined_image: torch.Tensor
     stage_two_logits: torch.Tensor | None
-    distance: torch.Tensor | None
     fused_map: torch.Tensor
     anomaly_map: torch.Tensor
+    distance: torch.Tensor | None = None
 
 
 class TwoStageSuperpixelModel(nn.Module):
@@ -181,7 +181,7 @@ class TwoStageSuperpixelModel(nn.Module):
         anomaly_map = self.smooth(fused_map)
         if kept is not None:
             on_the_way = (stage_one_logits, stage_one_map, labels, refined.pooled, refined.selected, refined.image)
-            kept.append(StageMaps(*on_the_way, stage_two_logits, seen.distance, fused_map, anomaly_map))
+            kept.append(StageMaps(*on_the_way, stage_two_logits, fused_map, anomaly_map, seen.distance))
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
 
     def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:

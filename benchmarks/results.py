@@ -32,7 +32,7 @@ from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.benchmark.measure import as_the_model_sees, quality
 from anomalib_twostage.benchmark.table import METRICS
 
-MAPS = ("stage one", "superpixel mean", "final")
+MAPS = ("memory", "stage one", "superpixel mean", "without stage two", "final")  # as far as a model has them
 
 
 def main() -> None:
@@ -59,9 +59,10 @@ def main() -> None:
                 data = datamodule(arguments.config, category, options)
                 measured = measure(model, data)
                 common = {"category": category, "seed": seed, "train and test seconds": round(seconds)}
-                rows += [{**common, "map": name, **measured[name]} for name in MAPS]
+                added = [{**common, "map": name, **measured[name]} for name in MAPS if name in measured]
+                rows += added
                 pd.DataFrame(rows).to_csv(table, index=False)
-                print(pd.DataFrame(rows[-len(MAPS) :]).to_string(index=False), flush=True)
+                print(pd.DataFrame(added).to_string(index=False), flush=True)
                 if seed == arguments.seeds[0]:
                     picture = arguments.out.with_name(f"{arguments.out.name}_{category}.png")
                     draw(model, data, picture)
@@ -155,7 +156,7 @@ def summary(rows: pd.DataFrame) -> str:
     if len(groups) > 1:
         groups.append(("**mean**", rows.groupby(["seed", "map"], as_index=False)[list(METRICS)].mean()))
     for category, group in groups:
-        for name in MAPS:
+        for name in (name for name in MAPS if name in set(group["map"])):
             cells = []
             for metric in METRICS:
                 values = group.loc[group["map"] == name, metric]

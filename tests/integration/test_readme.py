@@ -82,13 +82,10 @@ def test_preview(folder: Path) -> None:
 
 
 def test_comparison(folder: Path) -> None:
-    tiny = "--labels 'ours, small' --categories bottle --seeds 0 --trainer.max_steps 2 --trainer.accelerator cpu"
-    command = (
-        f"{command_with(README, 'anomalib_twostage.benchmark')} {tiny} --dtd_dir path/to/images --data.num_workers 0"
-    )
-    run(command, folder)
-    (table,) = (folder / "results").glob("comparison*.csv")
-    assert len(table.read_text().splitlines()) == 5  # the head and four maps
+    tiny = "--labels default --categories bottle --seeds 0 --trainer.max_steps 2 --trainer.accelerator cpu"
+    run(f"{command_with(README, 'anomalib_twostage.benchmark')} {tiny} --data.num_workers 0", folder)
+    (table,) = (folder / "results").glob("peers*.csv")
+    assert len(table.read_text().splitlines()) == 7  # the head and six maps
 
 
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))

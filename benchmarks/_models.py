@@ -11,6 +11,7 @@ from anomalib.models import Draem
 from anomalib.models.image.dsr.torch_model import DsrModel
 from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel
 from anomalib.models.image.fastflow.torch_model import FastflowModel
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 from skimage import data
 
 from anomalib_twostage import TwoStageSuperpixel, TwoStageSuperpixelModel
@@ -106,11 +107,19 @@ def draem_module(textures: Path | None = None) -> Draem:
         return Draem(dtd_dir=folder, visualizer=False)
 
 
+def patchcore(images: int = 209) -> PatchcoreModel:
+    """Patchcore with the default's backbone and a hundredth of the patches of that many images of 256 x 256 pixels."""
+    model = PatchcoreModel(["blocks.2", "blocks.4"], backbone="efficientnet_lite0_offline", pre_trained=False)
+    model.memory_bank = torch.randn(images * 32 * 32 // 100, 40 + 112)
+    return model
+
+
 def builtins(side: int) -> dict[str, Callable[[], torch.nn.Module]]:
     """Built-in models that can be made without a download, by name; weights are random."""
     return {
         "Draem": lambda: draem_module().model,
         "Dsr": DsrModel,
         "EfficientAd (S)": EfficientAdModel,
+        "Patchcore (same backbone)": patchcore,
         "Fastflow (ResNet-18)": lambda: FastflowModel((side, side), backbone="resnet18", pre_trained=False),
     }

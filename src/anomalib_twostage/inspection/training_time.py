@@ -21,7 +21,7 @@ _FEWEST = 3  # so many will do,
 _ENOUGH = 20.0  # once they have taken as many seconds
 
 # Until they are timed, a step of stage two is taken to last so many times as long as one of stage one (measured on a
-# CPU over the variants: 1.3 to 1.7 at 128 and 256 pixels, 2.4 for the default variant at 512), and an image of the
+# CPU over the variants: 1.3 to 1.9 at 128 and 256 pixels, 2.4 for the default variant at 512), and an image of the
 # validation so many times as long as one of the training (0.4 to 1.6, painted ones included).
 _STAGE_TWO = 1.6
 _VALIDATION = 1.0

@@ -47,8 +47,9 @@ class Backbone(nn.Module):
         FileNotFoundError: If it looks like a file and is none.
 
     Example:
-        >>> [tuple(level.shape) for level in Backbone()(torch.rand(1, 3, 64, 96))]
-        [(1, 24, 16, 24), (1, 40, 8, 12), (1, 112, 4, 6)]
+        >>> fine, middle, coarse = Backbone()(torch.rand(1, 3, 64, 96))
+        >>> fine.shape, coarse.shape
+        (torch.Size([1, 24, 16, 24]), torch.Size([1, 112, 4, 6]))
     """
 
     ready: torch.Tensor

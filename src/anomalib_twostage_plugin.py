@@ -142,6 +142,7 @@ def _step_aside(error: Exception) -> None:
         f"anomalib-twostage could not make TwoStageSuperpixel and SampleTextures known to anomalib {version} "
         f"({type(error).__name__}: {error}). anomalib works on without them. "
         'It is made for anomalib 2.7: pip install "anomalib>=2.7,<2.8". '
+        "If that is there, install anomalib-twostage anew from the file or address that it came from. "
         "To silence: pip uninstall anomalib-twostage."
     )
     try:

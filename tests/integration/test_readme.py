@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command and snippet of the README, as printed, at tiny size. The two install commands are run by .ci/run."""
 
+import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,31 @@ def test_python_snippet(number: int, folder: Path) -> None:
     script = folder / f"snippet_{number}.py"
     script.write_text(code)
     run(f"python {script.name}", folder)
+
+
+def test_sizes_from_the_command_line() -> None:
+    from anomalib.cli import AnomalibCLI
+
+    (options,) = re.findall(r"`(--data\.eval_batch_size .*?)`", README, flags=re.DOTALL)
+    arguments = ["fit", "--model", "TwoStageSuperpixel", "--data", "MVTecAD", *options.split()]
+    cli = AnomalibCLI(args=arguments, run=False)
+    assert cli.model.input_size == (512, 512)
+    assert cli.datamodule.eval_batch_size == 4
+
+
+def test_the_wheel_of_the_readme_is_the_one_that_is_built() -> None:
+    (name,) = re.findall(r"pip install path/to/(\S+\.whl)", README)
+    assert name == f"anomalib_twostage-{version('anomalib-twostage')}-py3-none-any.whl"
+
+
+def test_no_index_is_asked_for_the_package() -> None:
+    texts = [
+        README,
+        *(path.read_text() for part in ("docs", "src", "examples") for path in (ROOT / part).rglob("*.[mp][dy]")),
+    ]
+    asked = [line for text in texts for line in re.findall(r"pip install[^`\n]*", text) if "anomalib-twostage" in line]
+    assert asked
+    assert all("anomalib-twostage @ git+" in line for line in asked)
 
 
 def test_every_command_is_covered() -> None:

@@ -23,7 +23,7 @@ __all__ = ["FeatureTemplate", "FeatureTwoStageModel"]
 
 _BATCH = 8
 _PER_IMAGE = 1024  # patches that a memory looks at, so that large images stay within bounds
-_FURTHEST = 3.0
+_FURTHEST = 3.0  # of distances as the networks see them; the distance map knows no limit
 
 
 class FeatureTemplate(nn.Module):

@@ -76,6 +76,14 @@ def test_weights_come_from_a_file_under_either_names(pretrained: Backbone, tmp_p
     assert all(torch.equal(one, two) for one, two in zip(other(images), pretrained(images), strict=True))
 
 
+def test_a_trained_model_needs_no_file(pretrained: Backbone) -> None:
+    other = Backbone("gone/since.pth")
+    other.load_state_dict(pretrained.state_dict())
+    other.load_pretrained()
+    images = torch.rand(1, 3, 64, 64)
+    assert all(torch.equal(one, two) for one, two in zip(other(images), pretrained(images), strict=True))
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match=r"resnet\.pth does not hold the weights of tf_efficientnet_lite0"):
@@ -92,7 +100,7 @@ def test_a_file_that_runs_code_or_holds_no_weights_is_refused(tmp_path: Path) ->
 
 def test_a_missing_file_an_unknown_network_and_one_without_strides_are_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"no file 'weights/lite0\.pth'"):
-        Backbone("weights/lite0.pth")
+        Backbone("weights/lite0.pth").load_pretrained()
     with pytest.raises(ValueError, match="no network 'resnet181'"):
         Backbone("resnet181")
     with pytest.raises(ValueError, match=r"'vit_tiny_patch16_224' has no features at strides \(4, 8, 16\)"):

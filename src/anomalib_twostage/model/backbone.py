@@ -40,11 +40,11 @@ class Backbone(nn.Module):
 
     Args:
         name: Name of a convolutional network of timm, or the file of a state dict of ``tf_efficientnet_lite0``, with
-            timm's names or those of the package that brings it.
+            timm's names or those of the package that brings it. It is needed only to train: a checkpoint brings the
+            weights along.
 
     Raises:
         ValueError: If timm knows no such network, or it has no features at these strides.
-        FileNotFoundError: If it looks like a file and is none.
 
     Example:
         >>> fine, middle, coarse = Backbone()(torch.rand(1, 3, 64, 96))
@@ -94,11 +94,15 @@ class Backbone(nn.Module):
 
         Raises:
             ModuleNotFoundError: If the package with the weights is not installed.
+            FileNotFoundError: If a file was named that is not there.
             OSError: If timm cannot get them, say without a network.
             ValueError: If a file holds weights of another network.
         """
         if self.ready:
             return
+        if self.file is not None and not self.file.is_file():
+            msg = f"There is no file {str(self.file)!r} with weights of a backbone: give its path, or a name of timm's."
+            raise FileNotFoundError(msg)
         extractor, _ = _extractor(self.name)
         if self.name == DEFAULT_BACKBONE:
             load_backbone_weights(extractor.feature_extractor, self.file)
@@ -176,14 +180,10 @@ def _read_weights(file: Path) -> dict[str, Any]:
 def _as_file(name: str | Path) -> Path | None:
     """The file that a name stands for; ``None`` if it is that of a network."""
     path = Path(name)
-    if path.is_file():
-        return path
-    if isinstance(name, Path) or path.suffix in (".pth", ".pt", ".bin") or len(path.parts) > 1:
-        msg = (
-            f"There is no file {str(path)!r} with weights of a backbone: give its path, or the name of a timm network."
-        )
-        raise FileNotFoundError(msg)
-    return None
+    if isinstance(name, str) and timm.is_model(name):
+        return None
+    looks_like_one = isinstance(name, Path) or path.suffix in (".pth", ".pt", ".bin") or len(path.parts) > 1
+    return path if looks_like_one or path.is_file() else None
 
 
 def _bundled_file() -> Path:

@@ -213,7 +213,8 @@ def _check_fit(checkpoint: dict[str, Any], weights: dict[str, Any], variant: str
             ),
             "unknown",
         )
-        template = any(name.startswith("model.template.") for name in saved)
+        memory = "model.template.memories." if features else "model.template."
+        template = any(name.startswith(memory) for name in saved)
         msg = (
             f"The checkpoint does not fit variant {variant!r}: it is of variant {trained!r} with widths {widths} and "
             f"template={template}, and {len(differing)} weights differ. Build the model with the checkpoint's variant, "

@@ -97,7 +97,6 @@ def two_stage_superpixel_model(
     Raises:
         ValueError: If the variant, the gate or the backbone is unknown, or the smoothing or the number of neighbours
             negative.
-        FileNotFoundError: If the backbone looks like a file and is none.
     """
     if variant not in VARIANTS:
         msg = f"variant must be one of {sorted(VARIANTS)}, got {variant!r}."

@@ -98,6 +98,7 @@ class FaithfulExport(ExportMixin):
 
         anomalib calls NNCF without a way to hand over what is left alone.
         """
+        model = model.clone()  # without the loose ends of the conversion, on which NNCF stumbles
         if compression_type not in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ):
             return super()._compress_ov_model(model, compression_type, datamodule, metric, task, max_drop)
         import nncf
@@ -108,7 +109,6 @@ class FaithfulExport(ExportMixin):
         if not 0 <= max_drop <= 1:
             msg = f"max_drop must be between 0 and 1, got {max_drop}."
             raise ValueError(msg)
-        model = model.clone()  # without the loose ends of the conversion, on which NNCF stumbles
         datamodule.setup("fit")
         shape = model.input(0).partial_shape
         if shape[0].is_static:

@@ -120,8 +120,10 @@ def train(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def datamodule(category: str) -> SampleTextures:
+def datamodule(category: str, size: tuple[int, int] | None = None) -> SampleTextures:
     data = SampleTextures(root="data", category=category)
+    if size is not None:  # a graph of fixed size is calibrated with images of that size
+        data.val_augmentations = Resize(list(size), antialias=True)
     data.prepare_data()
     data.setup()
     return data
@@ -149,7 +151,8 @@ def exports(
             if compression is not None and onnx is dynamic:
                 continue
             kind = compression.value.upper() if compression else "FP32"
-            data = datamodule(arguments.category) if compression == CompressionType.INT8_PTQ else None
+            calibrates = compression == CompressionType.INT8_PTQ
+            data = datamodule(arguments.category, (height, width)) if calibrates else None
             root = f"{kind} {title}"
             path = engine.export(model, "openvino", export_root=root, compression_type=compression, datamodule=data)
             made += [(f"OpenVINO {kind}, {title}, f32", Path(path), exact)]

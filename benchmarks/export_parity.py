@@ -120,10 +120,8 @@ def train(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def datamodule(category: str, size: tuple[int, int] | None = None) -> SampleTextures:
+def datamodule(category: str) -> SampleTextures:
     data = SampleTextures(root="data", category=category)
-    if size is not None:  # a graph of fixed size is calibrated with images of that size
-        data.val_augmentations = Resize(list(size), antialias=True)
     data.prepare_data()
     data.setup()
     return data
@@ -139,7 +137,7 @@ def exports(
         device="CPU",
         config={"INFERENCE_NUM_THREADS": arguments.threads, "INFERENCE_PRECISION_HINT": "f32"},
     )
-    height, width = model.input_size or (arguments.size, arguments.size)
+    height, width = datamodule(arguments.category).test_data[0].image.shape[-2:]  # the model resizes inside the graph
     made = [("torch", Path(engine.export(model, "torch", export_root="torch")), partial(TorchInferencer, device="cpu"))]
     quiet = {"verbose": False}
     fixed = Path(engine.export(model, "onnx", export_root="fixed", input_size=(height, width), onnx_kwargs=quiet))
@@ -151,8 +149,7 @@ def exports(
             if compression is not None and onnx is dynamic:
                 continue
             kind = compression.value.upper() if compression else "FP32"
-            calibrates = compression == CompressionType.INT8_PTQ
-            data = datamodule(arguments.category, (height, width)) if calibrates else None
+            data = datamodule(arguments.category) if compression == CompressionType.INT8_PTQ else None
             root = f"{kind} {title}"
             path = engine.export(model, "openvino", export_root=root, compression_type=compression, datamodule=data)
             made += [(f"OpenVINO {kind}, {title}, f32", Path(path), exact)]

@@ -6,7 +6,7 @@
 
 Trains the small variant for some steps on a category of the sample textures, unless there is a checkpoint, and exports
 it through anomalib's `Engine.export`. Each export answers through anomalib's inferencer for it, image by image, and is
-compared over the whole test set. The exports to OpenVINO share two ONNX files, one for images of the model's size and
+compared over the whole test set. The exports to OpenVINO share two ONNX files, one for images of the files' size and
 one for any size, because tracing is what takes the time; INT8_PTQ is calibrated with the validation images.
 
 OpenVINO computes in bfloat16 where the processor has it, and float32 must be asked for: "f32" is

@@ -7,7 +7,6 @@ convolutional network of timm will do; its weights come the way timm brings them
 """
 
 import copy
-import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import pairwise
@@ -22,8 +21,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = ["DEFAULT_BACKBONE", "STRIDES", "Backbone", "efficientnet_lite0_offline", "load_backbone_weights"]
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 STRIDES = (4, 8, 16)
@@ -105,9 +102,9 @@ class Backbone(nn.Module):
             raise FileNotFoundError(msg)
         extractor, _ = _extractor(self.name)
         if self.name == DEFAULT_BACKBONE:
-            load_backbone_weights(extractor.feature_extractor, self.file)
+            load_backbone_weights(_network(extractor), self.file)
         else:
-            extractor.feature_extractor.load_state_dict(_timm_weights(self.name), strict=False)
+            _network(extractor).load_state_dict(_timm_weights(self.name), strict=False)
         loaded = _folded(extractor) if self._folds else extractor
         self.extractor.load_state_dict(loaded.state_dict())
         self.ready.fill_(True)
@@ -267,7 +264,5 @@ def _folded(extractor: TimmFeatureExtractor) -> TimmFeatureExtractor:
 
 def _constant(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
     """Values per channel ``(1, C, 1, 1)``, made on the device: none is sent there."""
-    if len(set(values)) == 1:
-        return torch.full((1, len(values), 1, 1), values[0], dtype=like.dtype, device=like.device)
     parts = [torch.full((1, 1, 1, 1), value, dtype=like.dtype, device=like.device) for value in values]
     return torch.cat(parts, dim=1)

@@ -36,7 +36,7 @@ from .loss import make_loss
 from .painting import Painting
 from .schedule import TwoStageTraining
 from .torch_model import StageMaps, TwoStageSuperpixelModel
-from .variants import VARIANTS, two_stage_superpixel_model
+from .variants import VARIANTS, two_stage_superpixel_model, variant_of
 
 __all__ = ["TwoStageSuperpixel"]
 
@@ -124,22 +124,19 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         if not learning_rate > 0:
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
+        self.variant = variant_of(variant, backbone)
         self.model = two_stage_superpixel_model(
-            *(
-                variant,
-                segment_size,
-                compactness,
-                3,
-                gate,
-                template,
-                num_neighbors,
-                smoothing,
-                backbone,
-                place_deviation,
-            )
+            self.variant,
+            segment_size,
+            compactness,
+            gate=gate,
+            template=template,
+            num_neighbors=num_neighbors,
+            smoothing=smoothing,
+            backbone=backbone,
+            place_deviation=place_deviation,
         )
-        self.loss = make_loss(loss or VARIANTS[variant].loss)
-        self.variant = "scratch" if variant == "default" and backbone is None else variant
+        self.loss = make_loss(loss or VARIANTS[self.variant].loss)
         self.stage_one_fraction = stage_one_fraction
         self.learning_rate = learning_rate
         self.paint = paint
@@ -181,7 +178,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         super().on_train_start()
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         self._painting.see(dataset)
-        if self.trainer.global_step == 0 and self.model.template is not None:
+        if self.trainer.global_step == 0:
             transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
             self.model.remember(good_images(dataset, _TEMPLATE_IMAGES, transform, self._files))
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from anomalib_twostage.common.buffers import resize_buffers
 from anomalib_twostage.common.spacing import evenly_spaced
 
 __all__ = ["FeatureSums", "Nearest", "PatchMemory", "PlaceStatistics", "as_patches", "farthest_first"]
@@ -122,7 +123,7 @@ class PlaceStatistics(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the size of what is loaded: it is that of the good images."""
-        _resize_buffers(self, state_dict, prefix, {"mean": 0})
+        resize_buffers(self, state_dict, prefix, {"mean": 0})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -246,7 +247,7 @@ class PatchMemory(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the number of patches of what is loaded."""
-        _resize_buffers(self, state_dict, prefix, {"patches": 1, "sources": None})
+        resize_buffers(self, state_dict, prefix, {"patches": 1, "sources": None})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -291,13 +292,3 @@ def _halves(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two tensors that add up to the values, the first of which has the digits of bfloat16."""
     high = values.bfloat16().float()
     return high, values - high
-
-
-def _resize_buffers(module: nn.Module, state_dict: dict[str, Any], prefix: str, kept: dict[str, int | None]) -> None:
-    """Give buffers the shapes of what is about to be loaded, where the dimension that must stay is the same."""
-    for name, dimension in kept.items():
-        saved, own = state_dict.get(f"{prefix}{name}"), getattr(module, name)
-        if saved is None or saved.ndim != own.ndim:
-            continue
-        if dimension is None or saved.shape[dimension] == own.shape[dimension]:
-            setattr(module, name, torch.empty_like(saved, device=own.device, dtype=own.dtype))

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from anomalib_twostage.common.buffers import resize_buffers
 from anomalib_twostage.common.precision import full_precision
 from anomalib_twostage.common.resize import antialiased_resize
 from anomalib_twostage.common.tracing import is_exporting
@@ -203,14 +204,7 @@ class GoldenTemplate(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the sizes of what is loaded: they are those of the images the other template was fitted to."""
-        channels = len(self.mean)
-        for name, own in list(self._buffers.items()):
-            saved = state_dict.get(f"{prefix}{name}")
-            if saved is None or own is None or saved.ndim != own.ndim:
-                continue
-            fits = saved.shape[1] == own.shape[1] if name in ("gallery", "keys") else saved.shape[0] == channels
-            if fits:
-                setattr(self, name, torch.empty_like(saved, device=own.device, dtype=own.dtype))
+        resize_buffers(self, state_dict, prefix, {"mean": 0, "spread": 0, "gallery": 1, "keys": 1})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -81,6 +81,16 @@ class StageMaps(NamedTuple):
     distance: torch.Tensor | None = None
 
 
+class _Way(NamedTuple):
+    """What lies between the image and the maps that are fused."""
+
+    stage_one_logits: torch.Tensor
+    stage_one_map: torch.Tensor
+    labels: torch.Tensor
+    refined: RefinedImage
+    stage_two_logits: torch.Tensor | None
+
+
 class TwoStageSuperpixelModel(nn.Module):
     """Stage one, superpixel refinement, stage two.
 
@@ -168,6 +178,17 @@ class TwoStageSuperpixelModel(nn.Module):
     def _answer(
         self, images: torch.Tensor, seen: Seen, stage_one_logits: torch.Tensor, kept: list[StageMaps] | None
     ) -> InferenceBatch:
+        way = self._through_stages(images, seen, stage_one_logits)
+        trained_map = self._fuse(way.stage_one_map, way.refined, way.stage_two_logits)
+        fused_map = self.weigh(trained_map, seen.distance)
+        anomaly_map = self.smooth(fused_map)
+        if kept is not None:
+            on_the_way = (way.stage_one_logits, way.stage_one_map, way.labels, way.refined.pooled)
+            of_stage_two = (way.refined.selected, way.refined.image, way.stage_two_logits)
+            kept.append(StageMaps(*on_the_way, *of_stage_two, fused_map, anomaly_map, seen.distance))
+        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+
+    def _through_stages(self, images: torch.Tensor, seen: Seen, stage_one_logits: torch.Tensor) -> "_Way":
         stage_one_logits = stage_one_logits[..., : images.shape[-2], : images.shape[-1]]
         stage_one_map = stage_one_logits.detach().float().sigmoid()
         labels = self.slic(images)
@@ -176,13 +197,7 @@ class TwoStageSuperpixelModel(nn.Module):
         if self.stage == 2:
             handed_on = self._handed_on(images, seen, stage_one_map, refined)
             stage_two_logits = self._stage_two_logits(handed_on, refined.selected)
-        trained_map = self._fuse(stage_one_map, refined, stage_two_logits)
-        fused_map = self.weigh(trained_map, seen.distance)
-        anomaly_map = self.smooth(fused_map)
-        if kept is not None:
-            on_the_way = (stage_one_logits, stage_one_map, labels, refined.pooled, refined.selected, refined.image)
-            kept.append(StageMaps(*on_the_way, stage_two_logits, fused_map, anomaly_map, seen.distance))
-        return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
+        return _Way(stage_one_logits, stage_one_map, labels, refined, stage_two_logits)
 
     def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
         """Detect anomalies as :meth:`forward` does, and return everything on the way.
@@ -215,10 +230,9 @@ class TwoStageSuperpixelModel(nn.Module):
         logits = self.stage_one(*seen.levels)
         if self.stage == 1:
             return logits[..., : images.shape[-2], : images.shape[-1]]
-        kept: list[StageMaps] = []
-        self._answer(images, seen, imitate_faults(logits.float()), kept)
-        assert kept[0].stage_two_logits is not None
-        return kept[0].stage_two_logits
+        way = self._through_stages(images, seen, imitate_faults(logits.float()))
+        assert way.stage_two_logits is not None
+        return way.stage_two_logits
 
     def remember(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:
         """Take the template of good images ``(C, H, W)``, each with the number it is known by."""
@@ -279,7 +293,7 @@ class TwoStageSuperpixelModel(nn.Module):
         self, stage_one_map: torch.Tensor, refined: RefinedImage, stage_two_logits: torch.Tensor | None
     ) -> torch.Tensor:
         """The maps of the stages together, ``(B, 1, H, W)``; stage one's alone without stage two's logits."""
-        first = stage_one_map if self.gate == "hard" else (stage_one_map + refined.pooled) / 2
+        first = self._first(stage_one_map, refined.pooled)
         if stage_two_logits is None:
             return first
         second = stage_two_logits.sigmoid() * refined.selected
@@ -287,8 +301,11 @@ class TwoStageSuperpixelModel(nn.Module):
 
     def without_stage_two(self, stages: StageMaps) -> torch.Tensor:
         """The fused map as it would be without stage two, ``(B, 1, H, W)``."""
-        first = stages.stage_one_map
-        return self.weigh(first if self.gate == "hard" else (first + stages.pooled_map) / 2, stages.distance)
+        return self.weigh(self._first(stages.stage_one_map, stages.pooled_map), stages.distance)
+
+    def _first(self, stage_one_map: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """What stage one says together with its superpixels, ``(B, 1, H, W)``."""
+        return stage_one_map if self.gate == "hard" else (stage_one_map + pooled) / 2
 
     def smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Smooth maps ``(B, 1, H, W)`` as the final map is, in float32: half precision would tie pixels."""

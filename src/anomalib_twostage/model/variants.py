@@ -16,7 +16,7 @@ from .template import GoldenTemplate
 from .torch_model import TwoStageSuperpixelModel
 from .unet import UNet
 
-__all__ = ["VARIANTS", "Variant", "two_stage_superpixel_model"]
+__all__ = ["VARIANTS", "Variant", "two_stage_superpixel_model", "variant_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,21 @@ VARIANTS = {
         widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper", template=False
     ),
 }
+
+
+def variant_of(variant: str, backbone: str | Path | None) -> str:
+    """The variant that is meant: without a backbone the one that has one is trained from scratch.
+
+    Raises:
+        ValueError: If the variant is unknown.
+    """
+    if variant not in VARIANTS:
+        msg = f"variant must be one of {sorted(VARIANTS)}, got {variant!r}."
+        raise ValueError(msg)
+    if VARIANTS[variant].features and backbone is None:
+        logger.info("Without a backbone the variant is 'scratch'.")
+        return "scratch"
+    return variant
 
 
 def two_stage_superpixel_model(
@@ -98,13 +113,7 @@ def two_stage_superpixel_model(
         ValueError: If the variant, the gate or the backbone is unknown, or the smoothing or the number of neighbours
             negative.
     """
-    if variant not in VARIANTS:
-        msg = f"variant must be one of {sorted(VARIANTS)}, got {variant!r}."
-        raise ValueError(msg)
-    if VARIANTS[variant].features and backbone is None:
-        logger.info("Without a backbone the variant is 'scratch'.")
-        variant = "scratch"
-    shape = VARIANTS[variant]
+    shape = VARIANTS[variant_of(variant, backbone)]
     gate = gate or shape.gate
     template = shape.template if template is None else template
     segment_size = shape.segment_size if segment_size is None else segment_size

@@ -14,6 +14,7 @@ from anomalib_twostage.model.memory import (
     _halves,
     as_patches,
     farthest_first,
+    first_highest,
 )
 
 CHANNELS = 6
@@ -31,6 +32,15 @@ def fitted(size: int = 40) -> tuple[PatchMemory, torch.Tensor, torch.Tensor]:
     memory = PatchMemory(CHANNELS, size)
     memory.fit(patches, sources)
     return memory, patches, sources
+
+
+@pytest.mark.parametrize("count", [1, 40, 64, 65, 200, 2048])
+def test_the_first_of_the_highest_is_found(count: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randint(-20, 5, (3, 50, count)).float()  # many are equal
+    values[:, 0, : count // 2] = -torch.inf
+    values[:, 1] = -torch.inf
+    assert np.array_equal(first_highest(values).numpy(), values.numpy().argmax(axis=-1))
 
 
 def test_statistics_are_those_of_numpy() -> None:

@@ -21,6 +21,7 @@ _CANDIDATES = 60_000
 _CALIBRATED = 20_000  # patches that the scale of the distance is taken from
 _PROJECTED = 64  # dimensions in which patches are chosen: enough to tell their distances
 _ENTRIES = 2**25  # of a table of patches by patches in memory: 128 MiB
+_GROUP = 64  # patches looked through at once: about the root of 2,048, and whole vector registers
 _FLOOR = 1e-3  # of spreads and distances, in units of the features: images may all be alike
 _LIMIT = 3.0  # beyond so many spreads all is equally far
 
@@ -208,7 +209,7 @@ class PatchMemory(nn.Module):
     def _nearest(self, places: torch.Tensor, batch: int, numbers: torch.Tensor | None) -> torch.Tensor:
         """Index of the nearest patch for each of ``(B * P, D)`` places: ``(B * P,)``."""
         if torch.compiler.is_compiling():
-            return self._similarity(places).argmax(dim=1)
+            return first_highest(self._similarity(places))
         per_image = len(places) // batch
         own = None if numbers is None else self.sources == numbers.unsqueeze(1)  # (B, N)
         images_at_once = max(1, _ENTRIES // (per_image * len(self.patches)))
@@ -216,23 +217,29 @@ class PatchMemory(nn.Module):
         found = []
         for first in range(0, batch, images_at_once):
             some = places[first * per_image : (first + images_at_once) * per_image]
-            for part in some.split(places_at_once):
-                similarity = self._similarity(part)
-                if own is not None:
-                    hidden = own[first : first + images_at_once].unsqueeze(1)
-                    similarity.view(len(hidden), -1, len(self.patches)).masked_fill_(hidden, -torch.inf)
-                found.append(similarity.argmax(dim=1))
+            if own is None:
+                found += [first_highest(self._similarity(part)) for part in some.split(places_at_once)]
+                continue
+            hidden = own[first : first + images_at_once]
+            for part in some.reshape(len(hidden), per_image, -1).split(places_at_once, dim=1):
+                found.append(first_highest(self._similarity(part, hidden)).reshape(-1))
         return torch.cat(found)
 
-    def _similarity(self, places: torch.Tensor) -> torch.Tensor:
-        """What is the greater the nearer patches are to places ``(P, D)``: ``(P, N)``."""
+    def _similarity(self, places: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """What is the greater the nearer patches are to places: ``(P, N)`` of ``(P, D)``.
+
+        Of places by image ``(B, P, D)``, with the patches hidden from each as ``(B, N)``, ``(B, P, N)``.
+        """
         patches = self.patches
         lengths = patches.square().sum(dim=1)
+        if hidden is not None:
+            lengths = lengths.masked_fill(hidden, torch.inf).unsqueeze(1)
         if places.device.type != "cpu" and not torch.compiler.is_compiling():
             # A user may allow products to be rounded (TF32). Halves with half the digits each lose none that count.
             (high, low), (patch_high, patch_low) = _halves(places), _halves(patches)
-            places, patches = torch.cat([high, high, low], dim=1), torch.cat([patch_high, patch_low, patch_high], dim=1)
-        return places @ patches.T - lengths / 2  # most where |a - b|^2 is least
+            places, patches = torch.cat([high, high, low], dim=-1), torch.cat([patch_high, patch_low, patch_high], dim=1)
+        similarity = places @ patches.T  # with half the length taken off, most where |a - b|^2 is least
+        return similarity - lengths / 2 if torch.compiler.is_compiling() else similarity.sub_(lengths / 2)
 
     def _usual_distance(self, patches: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """The distance from patches to those of other images that one patch of a thousand exceeds."""
@@ -240,7 +247,7 @@ class PatchMemory(nn.Module):
         distances = []
         for part, number in zip(patches[some].split(2048), sources[some].split(2048), strict=True):
             own = (self.sources == number.unsqueeze(1)) & (number >= 0).unsqueeze(1)
-            near = self._similarity(part).masked_fill(own, -torch.inf).argmax(dim=1)
+            near = first_highest(self._similarity(part).masked_fill(own, -torch.inf))
             distances.append((part - self.patches[near]).square().mean(dim=1).sqrt())
         ordered = torch.cat(distances).sort().values
         return ordered[int(0.999 * (len(ordered) - 1))]
@@ -280,6 +287,23 @@ def farthest_first(points: torch.Tensor, count: int) -> torch.Tensor:
         newest = distance.argmax()
         chosen.append(newest)
     return torch.stack(chosen)
+
+
+def first_highest(values: torch.Tensor) -> torch.Tensor:
+    """Index of the highest value, the first of equals, along the last dimension ``(..., N)``: int64 ``(...)``.
+
+    The same as ``values.argmax(dim=-1)``, and many times faster on a CPU: it looks for the place within the best of
+    some groups alone, and the highest of a group is found by vector instructions.
+    """
+    count = values.shape[-1]
+    if count <= _GROUP:
+        return values.argmax(dim=-1)
+    if count % _GROUP:
+        values = functional.pad(values, (0, -count % _GROUP), value=-torch.inf)
+    groups = values.unflatten(-1, (-1, _GROUP))
+    best = groups.amax(dim=-1).argmax(dim=-1, keepdim=True)
+    inside = groups.gather(-2, best.unsqueeze(-1).expand(*best.shape, _GROUP)).squeeze(-2)
+    return best.squeeze(-1) * _GROUP + inside.argmax(dim=-1)
 
 
 def as_patches(features: torch.Tensor) -> torch.Tensor:

@@ -134,7 +134,7 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
 
     Stage two sees what stage one sees and, in full resolution, the image, stage one's map, its superpixel average and
     the distance map. The stages' maps are fused as in :class:`TwoStageSuperpixelModel`; the final map is
-    ``D (1/2 + M) / (3/2)`` of that map ``M`` and the distance map ``D``, smoothed.
+    ``D (1 + M) / 2`` of that map ``M`` and the distance map ``D``, smoothed.
     """
 
     template: FeatureTemplate
@@ -149,7 +149,7 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
 
     def weigh(self, trained: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
         """Give the distance its voice in a map ``(B, 1, H, W)`` in [0, 1]."""
-        return trained if distance is None else distance * (0.5 + trained) / 1.5
+        return trained if distance is None else distance * (1 + trained) / 2
 
     def _handed_on(
         self, images: torch.Tensor, seen: Seen, stage_one_map: torch.Tensor, refined: RefinedImage

@@ -88,7 +88,8 @@ def test_one_image_is_enough() -> None:
     with torch.no_grad():
         assert model(with_a_spot(image).unsqueeze(0)).anomaly_map.isfinite().all()
     model.train()
-    assert model.learned_logits(image.expand(2, -1, -1, -1), torch.tensor([7, 7])).isfinite().all()
+    logits, _ = model.learned_logits(image.expand(2, -1, -1, -1), torch.zeros(2, 1, SIDE, SIDE), torch.tensor([7, 7]))
+    assert logits.isfinite().all()
 
 
 def test_no_image_is_an_error() -> None:
@@ -127,7 +128,7 @@ def test_what_no_paint_resembles_keeps_its_rank(remembered: FeatureTwoStageModel
             network.head.bias.fill_(-10.0)
         images = with_a_spot(next(good_images())[0]).unsqueeze(0)
         maps = model.stages(images)
-    torch.testing.assert_close(maps.anomaly_map, model.smooth(maps.distance) / 3, atol=1e-4, rtol=0)
+    torch.testing.assert_close(maps.anomaly_map, model.smooth(maps.distance) / 2, atol=1e-4, rtol=0)
 
 
 def test_the_map_is_the_distance_weighed_by_what_the_stages_say(remembered: FeatureTwoStageModel) -> None:
@@ -139,9 +140,9 @@ def test_the_map_is_the_distance_weighed_by_what_the_stages_say(remembered: Feat
     assert maps.stage_two_logits is not None
     second = maps.stage_two_logits.sigmoid() * maps.selected
     trained = ((maps.stage_one_map + maps.pooled_map) / 2 + second) / 2
-    torch.testing.assert_close(maps.fused_map, maps.distance * (1 + 2 * trained) / 3)
+    torch.testing.assert_close(maps.fused_map, maps.distance * (1 + trained) / 2)
     first = (maps.stage_one_map + maps.pooled_map) / 2
-    torch.testing.assert_close(model.without_stage_two(maps), maps.distance * (1 + 2 * first) / 3)
+    torch.testing.assert_close(model.without_stage_two(maps), maps.distance * (1 + first) / 2)
 
 
 def test_stage_two_looks_at_single_pixels(remembered: FeatureTwoStageModel) -> None:
@@ -174,7 +175,7 @@ def test_only_the_stage_that_learns_gets_gradients(remembered: FeatureTwoStageMo
     images = torch.stack([image for image, _ in good_images(2)])
     for learning, resting in (("stage_one", "stage_two"), ("stage_two", "stage_one")):
         model.zero_grad()
-        model.learned_logits(images, torch.arange(2)).sum().backward()
+        model.learned_logits(images, torch.zeros(2, 1, SIDE, SIDE), torch.arange(2))[0].sum().backward()
         assert any(parameter.grad is not None for parameter in getattr(model, learning).parameters())
         assert all(parameter.grad is None for parameter in getattr(model, resting).parameters())
         assert all(parameter.grad is None for parameter in model.template.parameters())

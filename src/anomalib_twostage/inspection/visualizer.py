@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image, ImageDraw, ImageFont
 from skimage.segmentation import find_boundaries
+from torch.nn import functional
 
 from .placement import FilePlacement
 
@@ -33,6 +34,7 @@ __all__ = ["StageVisualizer", "heat_panel", "image_panel", "mask_panel", "pictur
 
 _BORDER = (255, 230, 25)  # of superpixels: yellow, as in scikit-image
 _CONTOUR = (0, 230, 255)  # of the predicted mask: the one hue that the heat map lacks
+_WINDOW = (255, 60, 60)  # of what was looked at closely
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 _SMALLEST_PANEL = 64  # below, the titles are wider than the panels
 
@@ -41,7 +43,8 @@ class StageVisualizer(Visualizer):
     """Writes one picture per tested or predicted image, the stages side by side.
 
     From left to right: the image as the model sees it, in the proportions that it has in its file; the ground truth, if
-    known; stage one's map; the borders of the superpixels; the refined image; the final map as reported, that is after
+    known; stage one's map; the borders of the superpixels and, of a model that zooms, of what it looked at closely; the
+    refined image; the final map as reported, that is after
     the post-processor, with the contour of the predicted mask. The file has the path that anomalib's own
     ``ImageVisualizer`` would give it, which is mostly name and folder of the image's file; where another image of the
     run has that path, more of the folders above go before it.
@@ -263,6 +266,8 @@ class StageVisualizer(Visualizer):
             panels["ground truth"] = mask_panel(item.gt_mask, size)
         panels["stage one"] = heat_panel(stages.stage_one_map[index], size)
         panels["superpixels"] = superpixel_panel(panels["image"], stages.labels[index])
+        if stages.looked is not None:
+            panels["superpixels"] = _outlined(panels["superpixels"], stages.looked[index] > 0.5, _WINDOW, thick=True)
         panels["refined image"] = image_panel(stages.refined_image[index], size)
         final = item.anomaly_map if item.anomaly_map is not None else stages.anomaly_map[index]
         panels["final map"] = heat_panel(final, size)
@@ -278,6 +283,8 @@ class StageVisualizer(Visualizer):
         has_paint = masks.flatten(1).any(dim=1)
         chosen = has_paint.int().argsort(descending=True, stable=True)[: self.log_examples]
         images, painted, masks = images[chosen], painted[chosen], masks[chosen]
+        if painted.shape[-2:] != images.shape[-2:]:  # stage one of a model that zooms learns from reduced images
+            painted, masks = (functional.interpolate(each, images.shape[-2:]) for each in (painted, masks))
         training = model.training
         model.eval()
         try:

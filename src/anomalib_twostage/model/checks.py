@@ -232,4 +232,5 @@ class CheckedImages(LightningModule):
             ValueError: If they are.
         """
         smallest, segment_size = self.model.stage_one.minimum_size, self.model.slic.segment_size
-        check_size(height, width, smallest=smallest, segment_size=segment_size, variant=self.variant)
+        zoom = self.model.zoom
+        check_size(height, width, smallest=zoom * smallest, segment_size=zoom * segment_size, variant=self.variant)

@@ -83,6 +83,9 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         backbone: Pretrained network that ``"default"`` looks through: the name of a convolutional one of timm, a file
             of weights, or ``None`` for variant ``"scratch"``. The default's weights are installed with the package.
         place_deviation: Whether ``"default"`` also compares features with the mean of the good images at their place.
+        zoom: Of ``"default"``: a whole number from 1 to 16, by how much stage one's image is reduced. The default
+            pre-processor then resizes to that many times 256 x 256, and stage two looks at windows of that.
+        zoom_windows: Windows of an image that stage two looks at, at most.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -118,7 +121,11 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         painter: PseudoAnomalyTransform | None = None,
         backbone: str | Path | None = DEFAULT_BACKBONE,
         place_deviation: bool = True,
+        zoom: int = 1,
+        zoom_windows: int = 8,
     ) -> None:
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor((256 * zoom, 256 * zoom))
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         check_fraction("stage_one_fraction", stage_one_fraction, include_one=False)
         if not learning_rate > 0:
@@ -135,6 +142,8 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
             smoothing=smoothing,
             backbone=backbone,
             place_deviation=place_deviation,
+            zoom=zoom,
+            zoom_windows=zoom_windows,
         )
         self.loss = make_loss(loss or VARIANTS[self.variant].loss)
         self.stage_one_fraction = stage_one_fraction
@@ -171,6 +180,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
             self._painting.end()
             self.painter = self._painting.given
         self.keep_stages, self.last_stages = False, None
+        self.model.end_run()
         release_trainer(self.trainer)
 
     def on_train_start(self) -> None:
@@ -211,8 +221,9 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         assert isinstance(batch.image, torch.Tensor)
         assert self.painter is not None  # set in setup
         self.check_size(*batch.image.shape[-2:])
-        _, images, mask = training_images(batch.image, self.painter, batch.gt_mask)
-        loss = self.loss(self.model.learned_logits(images, image_numbers(batch)), mask)
+        images, mask = self.model.to_be_painted(batch.image, batch.gt_mask)
+        _, images, mask = training_images(images, self.painter, mask)
+        loss = self.loss(*self.model.learned_logits(images, mask, image_numbers(batch)))
         self.log("train_loss", loss.detach(), on_epoch=True, prog_bar=True, logger=True, batch_size=len(images))
         # Lightning would send a number over, and wait until it is there.
         stage = torch.full((), float(self.model.stage), device=self.device)

@@ -237,7 +237,10 @@ class PatchMemory(nn.Module):
         if places.device.type != "cpu" and not torch.compiler.is_compiling():
             # A user may allow products to be rounded (TF32). Halves with half the digits each lose none that count.
             (high, low), (patch_high, patch_low) = _halves(places), _halves(patches)
-            places, patches = torch.cat([high, high, low], dim=-1), torch.cat([patch_high, patch_low, patch_high], dim=1)
+            places, patches = (
+                torch.cat([high, high, low], dim=-1),
+                torch.cat([patch_high, patch_low, patch_high], dim=1),
+            )
         similarity = places @ patches.T  # with half the length taken off, most where |a - b|^2 is least
         return similarity - lengths / 2 if torch.compiler.is_compiling() else similarity.sub_(lengths / 2)
 

@@ -22,7 +22,7 @@ from .decoder import Decoder
 from .refiner import RefinedImage, SuperpixelRefiner
 from .unet import UNet
 
-__all__ = ["Seen", "StageMaps", "TwoStageSuperpixelModel"]
+__all__ = ["Seen", "StageMaps", "TwoStageSuperpixelModel", "Way"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ _SETTINGS = {
     "gate": "",
     "smoothing": "",
     "score_window": "",
+    "zoom": "",
+    "windows": "",
     "segment_size": "slic",
     "compactness": "slic",
     "num_iterations": "slic",
@@ -46,10 +48,12 @@ class Seen(NamedTuple):
     Attributes:
         levels: Stage one's inputs ``(B, C, h, w)``.
         distance: How far each place is from the good images, ``(B, 1, H, W)`` float32 in [0, 1), or ``None``.
+        reduced: The images that all this is of, ``(B, C, H, W)``, where those are smaller than the ones given.
     """
 
     levels: tuple[torch.Tensor, ...]
     distance: torch.Tensor | None = None
+    reduced: torch.Tensor | None = None
 
 
 class StageMaps(NamedTuple):
@@ -63,10 +67,13 @@ class StageMaps(NamedTuple):
         selected: 1 where a superpixel was selected, ``(B, 1, H, W)`` float32.
         refined_image: The image where selected, zero elsewhere, ``(B, C, H, W)``.
         stage_two_logits: What stage two's loss is taken on, ``(B, 1, H, W)``; ``None`` before stage two, and in
-            evaluation zero for images of which nothing is selected, because stage two does not run for them.
+            evaluation zero for images of which nothing is selected, because stage two does not run for them. Of a model
+            that zooms ``None``: they are of windows.
         fused_map: All maps together, ``(B, 1, H, W)`` float32 in [0, 1].
         anomaly_map: The final map: the fused map, smoothed. ``(B, 1, H, W)`` float32 in [0, 1].
         distance: How far each place is from the good images, ``(B, 1, H, W)`` float32 in [0, 1), or ``None``.
+        looked: Of a model that zooms, how much of the final map is from a closer look, ``(B, 1, H, W)`` float32 in
+            [0, 1].
     """
 
     stage_one_logits: torch.Tensor
@@ -79,9 +86,10 @@ class StageMaps(NamedTuple):
     fused_map: torch.Tensor
     anomaly_map: torch.Tensor
     distance: torch.Tensor | None = None
+    looked: torch.Tensor | None = None
 
 
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """What lies between the image and the maps that are fused."""
 
     stage_one_logits: torch.Tensor
@@ -136,6 +144,9 @@ class TwoStageSuperpixelModel(nn.Module):
     # The image score is the highest mean over a window of this many pixels: one bright pixel is noise.
     score_window = 7
 
+    # Pixels of an image to one of those that stage one sees.
+    zoom = 1
+
     def __init__(
         self,
         stage_one: UNet | Decoder,
@@ -188,16 +199,20 @@ class TwoStageSuperpixelModel(nn.Module):
             kept.append(StageMaps(*on_the_way, *of_stage_two, fused_map, anomaly_map, seen.distance))
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
 
-    def _through_stages(self, images: torch.Tensor, seen: Seen, stage_one_logits: torch.Tensor) -> "_Way":
+    def _to_superpixels(self, images: torch.Tensor, stage_one_logits: torch.Tensor) -> Way:
+        """From stage one's logits to the refined image."""
         stage_one_logits = stage_one_logits[..., : images.shape[-2], : images.shape[-1]]
         stage_one_map = stage_one_logits.detach().float().sigmoid()
         labels = self.slic(images)
         refined = self.refiner(images, stage_one_map, labels, self.slic.max_segments(*images.shape[-2:]))
-        stage_two_logits = None
-        if self.stage == 2:
-            handed_on = self._handed_on(images, seen, stage_one_map, refined)
-            stage_two_logits = self._stage_two_logits(handed_on, refined.selected)
-        return _Way(stage_one_logits, stage_one_map, labels, refined, stage_two_logits)
+        return Way(stage_one_logits, stage_one_map, labels, refined, None)
+
+    def _through_stages(self, images: torch.Tensor, seen: Seen, stage_one_logits: torch.Tensor) -> Way:
+        way = self._to_superpixels(images, stage_one_logits)
+        if self.stage == 1:
+            return way
+        handed_on = self._handed_on(images, seen, way.stage_one_map, way.refined)
+        return way._replace(stage_two_logits=self._stage_two_logits(handed_on, way.refined.selected))
 
     def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
         """Detect anomalies as :meth:`forward` does, and return everything on the way.
@@ -214,25 +229,37 @@ class TwoStageSuperpixelModel(nn.Module):
         self._answer(images, seen, self.stage_one(*seen.levels) if stage_one_logits is None else stage_one_logits, kept)
         return kept[0]
 
-    def learned_logits(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of the stage that learns, on which its loss is taken.
+    def to_be_painted(
+        self, images: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Training images ``(B, C, H, W)``, and their mask if they have one, as the stage that learns takes them."""
+        return images, mask
+
+    def learned_logits(
+        self, images: torch.Tensor, mask: torch.Tensor, numbers: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the stage that learns, on which its loss is taken, and what they should be.
 
         Stage two sees stage one's maps with faults (:func:`~anomalib_twostage.pseudo_anomaly.imitate_faults`).
 
         Args:
             images: Training images ``(B, C, H, W)`` in [0, 1], painted.
+            mask: Where they are, ``(B, 1, H, W)`` in {0, 1}.
             numbers: Numbers of the images ``(B,)`` int64, by which a template knows its own.
 
         Returns:
-            ``(B, 1, H, W)``, unbounded.
+            ``(B, 1, H, W)``, unbounded, and the mask; or both of some windows of the images.
         """
         seen = self.seen(images, numbers)
         logits = self.stage_one(*seen.levels)
         if self.stage == 1:
-            return logits[..., : images.shape[-2], : images.shape[-1]]
+            return logits[..., : images.shape[-2], : images.shape[-1]], mask
         way = self._through_stages(images, seen, imitate_faults(logits.float()))
         assert way.stage_two_logits is not None
-        return way.stage_two_logits
+        return way.stage_two_logits, mask
+
+    def end_run(self) -> None:
+        """Say what should be known of the images of a run, which ends."""
 
     def remember(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:
         """Take the template of good images ``(C, H, W)``, each with the number it is known by."""

@@ -3,6 +3,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from .refiner import SuperpixelRefiner
 from .template import GoldenTemplate
 from .torch_model import TwoStageSuperpixelModel
 from .unet import UNet
+from .zoom import ZoomedTwoStageModel
 
 __all__ = ["VARIANTS", "Variant", "two_stage_superpixel_model", "variant_of"]
 
@@ -84,6 +86,8 @@ def two_stage_superpixel_model(
     smoothing: float | None = None,
     backbone: str | Path | None = DEFAULT_BACKBONE,
     place_deviation: bool = True,
+    zoom: int = 1,
+    zoom_windows: int = 8,
 ) -> TwoStageSuperpixelModel:
     """Build a published variant.
 
@@ -105,13 +109,16 @@ def two_stage_superpixel_model(
         backbone: Of ``"default"``: see :class:`~anomalib_twostage.model.backbone.Backbone`. ``None`` trains from
             scratch, which is ``"scratch"``. Other variants have none.
         place_deviation: Of ``"default"``: whether features are compared with the mean of their place, or of all places.
+        zoom: Of ``"default"``: pixels of the image to one of those that stage one sees; stage two looks closer, see
+            :class:`~anomalib_twostage.model.zoom.ZoomedTwoStageModel`. 1 shows both the same.
+        zoom_windows: Windows of an image that stage two looks at, at most, if there is a zoom.
 
     Returns:
         The model with fresh weights.
 
     Raises:
-        ValueError: If the variant, the gate or the backbone is unknown, or the smoothing or the number of neighbours
-            negative.
+        ValueError: If the variant, the gate or the backbone is unknown, the smoothing or the number of neighbours
+            negative, or the zoom not a whole number from 1 to 16, or above 1 without a backbone.
     """
     shape = VARIANTS[variant_of(variant, backbone)]
     gate = gate or shape.gate
@@ -119,11 +126,14 @@ def two_stage_superpixel_model(
     segment_size = shape.segment_size if segment_size is None else segment_size
     slic, refiner = Slic(segment_size, compactness), SuperpixelRefiner(shape.threshold)
     smoothing = shape.smoothing * segment_size if smoothing is None else smoothing
+    if zoom != 1 and not shape.features:
+        msg = f"zoom={zoom} needs variant 'default' with a backbone: the others have nothing to look closer with."
+        raise ValueError(msg)
     if shape.features:
         assert backbone is not None
         features = FeatureTemplate(Backbone(backbone), template, place_deviation)
-        maps = 3 if template else 2
-        return FeatureTwoStageModel(
+        maps = 2 + template * (1 if zoom == 1 else 2)
+        return (FeatureTwoStageModel if zoom == 1 else partial(ZoomedTwoStageModel, zoom=zoom, windows=zoom_windows))(
             stage_one=Decoder(features.channels, shape.widths[:-1], stride=4),
             slic=slic,
             refiner=refiner,

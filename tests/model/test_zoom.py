@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import io
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from anomalib_twostage.model.variants import two_stage_superpixel_model
+from anomalib_twostage.model.zoom import WindowGrid, Windows, ZoomedTwoStageModel, _Sample
+
+HEIGHT, WIDTH = 201, 290  # neither is a multiple of the zoom or of a core
+ZOOM = 2
+
+
+def all_windows(grid: WindowGrid, batch: int = 1) -> Windows:
+    place = torch.arange(batch * grid.rows * grid.columns)
+    image, place = place // (grid.rows * grid.columns), place % (grid.rows * grid.columns)
+    return Windows(image, place // grid.columns, place % grid.columns)
+
+
+def good_images(count: int = 4, height: int = HEIGHT, width: int = WIDTH) -> Iterator[tuple[torch.Tensor, int]]:
+    generator = torch.Generator().manual_seed(1)
+    y, x = torch.arange(height).view(-1, 1), torch.arange(width).view(1, -1)
+    stripes = 0.5 + 0.2 * torch.sin(x / 5.0) * torch.cos(y / 7.0)
+    for number in range(count):
+        yield (stripes + 0.02 * torch.randn(3, height, width, generator=generator)).clamp(0, 1), number
+
+
+def with_spots(image: torch.Tensor, *places: tuple[int, int]) -> torch.Tensor:
+    """White spots of 12 x 12 pixels."""
+    image = image.clone()
+    for y, x in places:
+        image[:, y : y + 12, x : x + 12] = 1.0
+    return image
+
+
+@pytest.fixture(scope="module")
+def zoomed() -> ZoomedTwoStageModel:
+    torch.manual_seed(0)
+    model = two_stage_superpixel_model("default", zoom=ZOOM, zoom_windows=3).eval()
+    assert isinstance(model, ZoomedTwoStageModel)
+    model.remember(good_images())
+    model.start_stage_two()
+    with torch.no_grad():
+        model.stage_one.head.bias.fill_(-8.0)  # untrained, it would suspect everything
+    return model
+
+
+@pytest.mark.parametrize(("height", "width"), [(HEIGHT, WIDTH), (96, 97), (40, 300), (64, 64)])
+def test_the_weights_of_all_windows_add_up_to_one(height: int, width: int) -> None:
+    grid = WindowGrid(height, width, core=32, margin=16)
+    windows = all_windows(grid, batch=2)
+    weights = grid.weights(windows)
+    total = grid.write(torch.ones_like(weights), windows, weights, batch=2)
+    torch.testing.assert_close(total, torch.ones(2, 1, height, width))
+
+
+def test_what_is_cut_and_written_back_is_the_same() -> None:
+    grid = WindowGrid(70, 110, core=32, margin=16)
+    windows, images = all_windows(grid, batch=3), torch.rand(3, 1, 70, 110)
+    again = grid.write(grid.cut(images, windows), windows, grid.weights(windows), batch=3)
+    torch.testing.assert_close(again, images)
+
+
+def test_a_window_is_a_piece_of_the_mirrored_image() -> None:
+    images = torch.rand(2, 3, 70, 110)
+    grid = WindowGrid(70, 110, core=32, margin=16)
+    padded = torch.nn.functional.pad(images, (16, 34, 16, 42), mode="reflect")
+    found = grid.cut(images, Windows(torch.tensor([1, 0]), torch.tensor([2, 0]), torch.tensor([3, 0])))
+    assert torch.equal(found[0], padded[1, :, 64 : 64 + 64, 96 : 96 + 64])
+    assert torch.equal(found[1], padded[0, :, :64, :64])
+
+
+def test_a_sample_is_bounded_and_takes_from_everywhere() -> None:
+    sample = _Sample(10)
+    for number in range(100):
+        sample.add(torch.full((7, 1, 2, 2), float(number)), number)
+    kept = list(sample)
+    assert 10 <= len(kept) <= 20
+    assert all((window == number).all() for window, number in kept)
+    numbers = torch.tensor([number for _, number in kept])
+    assert numbers.min() < 10
+    assert numbers.max() >= 90
+    assert numbers.diff().max() <= 15
+
+
+def test_stage_one_looks_at_means_of_pixels(zoomed: ZoomedTwoStageModel) -> None:
+    image = torch.rand(1, 3, 200, 290)
+    expected = image.view(1, 3, 100, 2, 145, 2).mean(dim=(3, 5))
+    torch.testing.assert_close(zoomed.reduce(image), expected)
+    assert zoomed.reduce(torch.rand(1, 3, HEIGHT, WIDTH)).shape == (1, 3, 101, 145)
+
+
+def test_maps_have_the_size_of_the_image(zoomed: ZoomedTwoStageModel) -> None:
+    image = with_spots(next(good_images())[0], (30, 40)).unsqueeze(0)
+    with torch.no_grad():
+        stages, answer = zoomed.stages(image), zoomed(image)
+    for name, value in stages._asdict().items():
+        assert value is None or value.shape[-2:] == (HEIGHT, WIDTH), name
+    torch.testing.assert_close(answer.anomaly_map, stages.anomaly_map)
+    assert answer.pred_score == zoomed.score(stages.anomaly_map)
+
+
+def test_where_nothing_is_suspicious_stage_one_has_the_word(
+    zoomed: ZoomedTwoStageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoomed.stage_two, "forward", lambda *_: pytest.fail("stage two ran"))
+    monkeypatch.setattr("anomalib_twostage.model.zoom._FAR", 1.0)
+    image = next(good_images())[0].unsqueeze(0)
+    with torch.no_grad():
+        stages = zoomed.stages(image)
+        seen = zoomed.seen(image)
+    base = zoomed.smooth(zoomed.weigh(torch.sigmoid(zoomed.stage_one(*seen.levels))[..., :101, :145], seen.distance))
+    assert not stages.looked.any()
+    large = torch.nn.functional.interpolate(base, scale_factor=2, mode="bilinear")[..., :HEIGHT, :WIDTH]
+    torch.testing.assert_close(stages.anomaly_map, large, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, WIDTH - 12), (HEIGHT - 12, 0), (HEIGHT - 12, WIDTH - 12), (90, 140)])
+def test_a_defect_is_looked_at_wherever_it_lies(zoomed: ZoomedTwoStageModel, place: tuple[int, int]) -> None:
+    y, x = place
+    with torch.no_grad():
+        stages = zoomed.stages(with_spots(next(good_images())[0], place).unsqueeze(0))
+    assert stages.looked[0, 0, y : y + 12, x : x + 12].min() > 0.45  # on a border, two windows share it
+    assert stages.anomaly_map[0, 0, y : y + 12, x : x + 12].mean() > 2 * stages.anomaly_map.mean()
+
+
+def test_where_it_did_not_look_closer_the_map_is_stage_ones(zoomed: ZoomedTwoStageModel) -> None:
+    model = copy.deepcopy(zoomed)
+    model.windows = 1
+    image = with_spots(next(good_images())[0], (20, 20)).unsqueeze(0)
+    with torch.no_grad():
+        stages = model.stages(image)
+        model.stage = 1
+        before = model.stages(image).anomaly_map
+    assert 0 < (stages.looked > 0).float().mean() < 0.5
+    elsewhere = stages.looked == 0
+    assert torch.equal(stages.anomaly_map[elsewhere], before[elsewhere])
+    inside = stages.looked == 1
+    assert (stages.anomaly_map[inside] != before[inside]).float().mean() > 0.9
+
+
+def test_more_suspicious_windows_than_it_may_look_at_are_told(
+    zoomed: ZoomedTwoStageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = copy.deepcopy(zoomed)
+    model.end_run()
+    caplog.clear()
+    good = next(good_images())[0]
+    crowded = with_spots(good, (10, 10), (10, 140), (10, 270), (180, 10), (180, 270))
+    with torch.no_grad():
+        stages = model.stages(torch.stack([with_spots(good, (40, 40)), crowded]))
+    share = (model._grid(HEIGHT, WIDTH).side ** 2) / (HEIGHT * WIDTH)
+    assert (stages.looked > 0).float().mean(dim=(1, 2, 3)).max() < model.windows * share
+    model.end_run()
+    assert [record.args for record in caplog.records] == [(1, 2, 3)]
+    model.end_run()
+    assert len(caplog.records) == 1
+
+
+def test_an_image_gets_the_same_map_in_any_batch(zoomed: ZoomedTwoStageModel) -> None:
+    good = next(good_images())[0]
+    images = torch.stack([good, with_spots(good, (100, 200)), with_spots(good, (20, 20), (150, 30))])
+    with torch.no_grad():
+        together = zoomed(images).anomaly_map
+        alone = torch.cat([zoomed(image.unsqueeze(0)).anomaly_map for image in images])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+def test_stage_two_learns_from_painted_windows(zoomed: ZoomedTwoStageModel) -> None:
+    model = copy.deepcopy(zoomed).train()
+    images = torch.stack([image for image, _ in good_images(3)])
+    mask = torch.zeros(3, 1, HEIGHT, WIDTH)
+    for image, (y, x) in enumerate(((5, 5), (180, 270), (100, 150))):
+        images[image, :, y : y + 8, x : x + 8] = 1.0
+        mask[image, :, y : y + 8, x : x + 8] = 1.0
+    logits, target = model.learned_logits(images, mask, torch.arange(3))
+    assert logits.shape == target.shape == (6, 1, 160, 160)
+    assert (target[0::2].flatten(1).sum(dim=1) >= 64).all()  # more where the edge mirrors them
+    logits.sum().backward()
+    assert any(parameter.grad is not None for parameter in model.stage_two.parameters())
+    assert all(parameter.grad is None for parameter in model.stage_one.parameters())
+
+
+def test_stage_one_learns_from_reduced_images(zoomed: ZoomedTwoStageModel) -> None:
+    model = copy.deepcopy(zoomed).train()
+    model.start_stage_one()
+    images, mask = torch.rand(2, 3, HEIGHT, WIDTH), torch.zeros(2, HEIGHT, WIDTH)
+    mask[0, 200, 289] = 1
+    small, small_mask = model.to_be_painted(images, mask)
+    assert small.shape[-2:] == small_mask.shape[-2:] == (101, 145)
+    assert small_mask.nonzero().tolist() == [[0, 0, 100, 144]]
+    logits, target = model.learned_logits(small, small_mask)
+    assert logits.shape == target.shape == (2, 1, 101, 145)
+
+
+def test_everything_travels_in_the_state_dict(zoomed: ZoomedTwoStageModel) -> None:
+    file = io.BytesIO()
+    torch.save(zoomed.state_dict(), file)
+    file.seek(0)
+    other = two_stage_superpixel_model("default", zoom=ZOOM).eval()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    image = with_spots(next(good_images())[0], (30, 40), (150, 200)).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(other(image).anomaly_map, zoomed(image).anomaly_map)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"zoom": 0}, "zoom must be a whole number from 1 to 16, got 0"),
+        ({"zoom": 17}, "from 1 to 16, got 17"),
+        ({"zoom": 2, "zoom_windows": 0}, "zoom_windows must be 1 or more, got 0"),
+        ({"zoom": 2, "gate": "hard"}, "gate='hard'"),
+        ({"zoom": 2, "variant": "small"}, "zoom=2 needs variant 'default'"),
+        ({"zoom": 2, "backbone": None}, "zoom=2 needs variant 'default'"),
+    ],
+)
+def test_what_cannot_zoom_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        two_stage_superpixel_model(**arguments)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from anomalib.data import InferenceBatch
 
 from anomalib_twostage.model.variants import two_stage_superpixel_model
 from anomalib_twostage.model.zoom import WindowGrid, Windows, ZoomedTwoStageModel, _Sample
@@ -141,6 +142,27 @@ def test_where_it_did_not_look_closer_the_map_is_stage_ones(zoomed: ZoomedTwoSta
     assert (stages.anomaly_map[inside] != before[inside]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize(("bias", "weight"), [(-20.0, 0.5), (20.0, 0.75)])
+def test_in_a_window_the_distances_weigh_twice_what_the_stages_say(
+    zoomed: ZoomedTwoStageModel, bias: float, weight: float
+) -> None:
+    model = copy.deepcopy(zoomed)
+    with torch.no_grad():
+        for network in (model.stage_one, model.stage_two):
+            network.head.weight.zero_()
+            network.head.bias.fill_(bias)
+        images = with_spots(next(good_images())[0], (100, 200)).unsqueeze(0)
+        stages = model.stages(images)
+        grid = model._grid(HEIGHT, WIDTH)
+        windows = all_windows(grid)
+        near = model.close_template(grid.cut(images, windows)).distance
+    near = grid.write(near, windows, grid.weights(windows), 1)
+    inside = stages.looked > 0.999
+    assert inside.any()
+    expected = weight * (stages.distance + near) / 2
+    torch.testing.assert_close(stages.fused_map[inside], expected[inside], atol=0.01, rtol=0)
+
+
 def test_more_suspicious_windows_than_it_may_look_at_are_told(
     zoomed: ZoomedTwoStageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,3 +242,13 @@ def test_everything_travels_in_the_state_dict(zoomed: ZoomedTwoStageModel) -> No
 def test_what_cannot_zoom_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         two_stage_superpixel_model(**arguments)
+
+
+def test_a_traced_graph_looks_at_the_same_windows(zoomed: ZoomedTwoStageModel) -> None:
+    good = next(good_images())[0]
+    images = torch.stack([with_spots(good, (100, 200)), with_spots(good, (20, 20), (150, 30))])
+    with torch.no_grad():
+        graph = torch.export.export(zoomed, (images,), strict=False).module()
+        expected, found = zoomed(images), InferenceBatch(*graph(images))
+    torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.pred_score, expected.pred_score, atol=1e-4, rtol=0)

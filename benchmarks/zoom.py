@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a closer look is worth: the default on reduced images, with zoom, and on the whole images outright.
+
+    python benchmarks/zoom.py --root path/to/images --categories capsule grid macaroni1 --out results/zoom.csv
+    python -m anomalib_twostage.benchmark.report results/zoom.csv --out docs/results/zoom
+
+Each category is a folder with ``train/good``, ``test/good``, ``test/<kind>`` and ``ground_truth/<kind>``. All maps are
+measured against the masks as they lie in the folder. Trained weights are kept beside the table: the same command goes
+on where it was stopped.
+"""
+
+import argparse
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from _timing import machine
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from lightning.pytorch import seed_everything
+from PIL import Image
+
+from anomalib_twostage import TwoStageSuperpixel
+from anomalib_twostage.benchmark.measure import quality
+from anomalib_twostage.benchmark.table import FINAL, ResultsTable, RunKey
+
+KINDS = ("reduced", "zoom", "outright")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--root", type=Path, required=True, help="folder of the categories")
+    options.add_argument("--categories", nargs="+", required=True)
+    options.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument(
+        "--zoom", type=int, default=3, help="also how much 'reduced' is reduced (default: %(default)s)"
+    )
+    options.add_argument("--max_steps", type=int, default=600)
+    options.add_argument("--precision", default="32-true", help="bf16-mixed where the processor has it")
+    options.add_argument("--accelerator", default="cpu")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--out", type=Path, default=Path("results/zoom.csv"))
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with ResultsTable(arguments.out) as table:
+        for seed in arguments.seeds:
+            for category in arguments.categories:
+                for kind in arguments.kinds:
+                    key = RunKey(label(kind, arguments.zoom), category, seed)
+                    if table.run(key) is None:
+                        print(key, flush=True)
+                        table.add(train_and_measure(key, kind, arguments))
+
+
+def label(kind: str, zoom: int) -> str:
+    return {"reduced": f"reduced by {zoom}", "zoom": f"zoom {zoom}", "outright": "outright"}[kind]
+
+
+def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    data = folder(arguments.root / key.category)
+    data.setup()
+    width, height = Image.open(data.train_data.samples["image_path"].iloc[0]).size
+    side = arguments.zoom if kind == "reduced" else 1
+    pre_processor = TwoStageSuperpixel.configure_pre_processor((-(-height // side), -(-width // side)))
+    zoom = arguments.zoom if kind == "zoom" else 1
+    seed_everything(key.seed)
+    model = TwoStageSuperpixel(zoom=zoom, pre_processor=pre_processor, visualizer=False, evaluator=False)
+    weights = arguments.out.with_suffix("") / f"{kind}-{key.category}-{key.seed}.pt"
+    if weights.exists():
+        kept = torch.load(weights, weights_only=True)
+        model.load_state_dict(kept["weights"])
+        seconds = kept["seconds"]
+    else:
+        seconds = train(model, data, arguments)
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"weights": model.state_dict(), "seconds": seconds}, weights)
+    model.to(arguments.accelerator).eval()
+    batches = folder(arguments.root / key.category)  # one that no engine has seen keeps its masks as they are
+    batches.setup()
+    with torch.autocast(arguments.accelerator, torch.bfloat16, enabled=arguments.precision == "bf16-mixed"):
+        rows = [{**key._asdict(), "map": name, **values} for name, values in measured(model, batches).items()]
+    rows[-1] |= {
+        "model": type(model).__name__,
+        "steps": arguments.max_steps,
+        "training seconds": round(seconds, 1),
+        "device": machine(arguments.accelerator),
+        "threads": arguments.threads,
+        "precision": arguments.precision,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "anomalib", "anomalib-twostage")},
+    }
+    assert rows[-1]["map"] == FINAL
+    return rows
+
+
+def measured(model: TwoStageSuperpixel, data: Folder) -> dict[str, dict[str, float | None]]:
+    """Metrics of the maps, against the masks at the size of their files."""
+    return quality(model, data.test_dataloader(), full_size=True)
+
+
+def train(model: TwoStageSuperpixel, data: Folder, arguments: argparse.Namespace) -> float:
+    engine = Engine(
+        max_steps=arguments.max_steps,
+        accelerator=arguments.accelerator,
+        precision=arguments.precision,
+        logger=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        default_root_dir=arguments.out.parent / "runs",
+    )
+    start = time.perf_counter()
+    engine.fit(model, datamodule=data)
+    return time.perf_counter() - start
+
+
+def folder(root: Path) -> Folder:
+    kinds = sorted(path.name for path in (root / "test").iterdir() if path.name != "good")
+    return Folder(
+        name=root.name,
+        root=root,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=[f"test/{kind}" for kind in kinds],
+        mask_dir=[f"ground_truth/{kind}" for kind in kinds],
+        train_batch_size=8,
+        eval_batch_size=4,
+        num_workers=0,
+    )
+
+
+if __name__ == "__main__":
+    main()

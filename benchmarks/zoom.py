@@ -125,6 +125,7 @@ def folder(root: Path) -> Folder:
         normal_test_dir="test/good",
         abnormal_dir=[f"test/{kind}" for kind in kinds],
         mask_dir=[f"ground_truth/{kind}" for kind in kinds],
+        val_split_mode="same_as_test",  # or half of the test images would be kept for validation
         train_batch_size=8,
         eval_batch_size=4,
         num_workers=0,

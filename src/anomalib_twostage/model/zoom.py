@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _CORE = 96  # pixels of the image: what a window answers for
 _MARGIN = 32  # pixels around it: what it needs to see for that, and over which it gives way to its neighbours
 _FAR = 0.42  # about nine tenths of the distance that one good patch of a thousand exceeds
-_SAY = 0.5  # of the stages beside the distances in a window: close up those know most
+_SAY = 0.5  # of the stages beside the distances: close up those know most, and windows must fit the map around them
 _REMEMBERED = 1600  # windows of good images that the memory is chosen from
 _LEARNED = 2  # windows of each image that stage two learns from
 LARGEST_ZOOM = 16  # beyond, a window's core is smaller than its margins
@@ -124,8 +124,8 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
     Backbone, template, stage one and SLIC work on means over ``zoom x zoom`` pixels. Suspicious is what lies in a
     selected superpixel or is far from the good images. The windows with the highest of it, ``windows`` at most, are cut
     out of the image itself. There a second template, of windows of good images, says how far they are from those, and
-    stage two sees that, the pixels, and what stage one has said, enlarged. In a window the map is ``D (1 + M / 2) / 2``
-    of the mean ``D`` of both distances and the mean ``M`` of what the stages say; it is written over stage one's.
+    stage two sees that, the pixels, and what stage one has said, enlarged. In a window ``D`` is the mean of both
+    distances; that map is written over stage one's. Everywhere the map is ``D (1 + M / 2) / 2``.
 
     Args:
         zoom: Pixels of the image to one of the reduced image, 2 to 16.
@@ -176,6 +176,10 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         """What stage one sees of images ``(B, C, H, W)``: of the reduced ones."""
         reduced = self.reduce(images)
         return self.template(reduced, numbers)._replace(reduced=reduced)
+
+    def weigh(self, trained: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
+        """Give the distance its voice in a map ``(B, 1, H, W)`` in [0, 1], a louder one than without zoom."""
+        return trained if distance is None else super().weigh(_SAY * trained, distance)
 
     def to_be_painted(
         self, images: torch.Tensor, mask: torch.Tensor | None
@@ -311,9 +315,7 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         logits = self.stage_two(*seen.levels, functional.pixel_unshuffle(detail, 2)).float()
         logits = logits[..., : grid.side, : grid.side]
         trained = (told[:, :2].mean(dim=1, keepdim=True) + logits.sigmoid()) / 2
-        if seen.distance is None:
-            return logits, trained
-        return logits, self.weigh(_SAY * trained, (told[:, 2:] + seen.distance) / 2)
+        return logits, self.weigh(trained, None if seen.distance is None else (told[:, 2:] + seen.distance) / 2)
 
     def _to_learn_from(self, told: torch.Tensor, mask: torch.Tensor) -> Windows:
         """Two windows of each image: one with paint in it, or any, and another where stage one is most mistaken."""

@@ -107,6 +107,17 @@ class TestVisualize:
         np.testing.assert_array_equal(changed, ndimage.binary_dilation(mask) & ~ndimage.binary_erosion(mask))
         assert (panels["final map"][changed] == (0, 230, 255)).all()
 
+    def test_what_was_looked_at_closely_is_outlined(self, drawn: list) -> None:
+        looked = torch.zeros(2, 1, SIZE, SIZE)
+        looked[0, 0, 10:40, 20:60] = 1
+        batch = ImageBatch(image=torch.rand(2, 3, SIZE, SIZE))
+        StageVisualizer(panel_size=SIZE).visualize(batch, make_stages()._replace(looked=looked))
+        (panels,), _ = drawn[0]
+        red = (panels["superpixels"] == (255, 60, 60)).all(axis=2)
+        window = looked[0, 0].bool().numpy()
+        np.testing.assert_array_equal(red, ndimage.binary_dilation(window) & ~ndimage.binary_erosion(window))
+        assert not (drawn[1][0][0]["superpixels"] == (255, 60, 60)).all(axis=2).any()
+
     def test_what_is_not_known_is_left_out(self, drawn: list) -> None:
         stages = make_stages(batch=1)
         (picture,) = StageVisualizer(panel_size=SIZE).visualize(ImageBatch(image=torch.rand(1, 3, SIZE, SIZE)), stages)

@@ -2,13 +2,20 @@
 import copy
 import io
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from anomalib.data import InferenceBatch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import InferenceBatch, MVTecAD
+from anomalib.engine import Engine
+from lightning.pytorch import seed_everything
 
+from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.model.variants import two_stage_superpixel_model
 from anomalib_twostage.model.zoom import WindowGrid, Windows, ZoomedTwoStageModel, _Sample
+from tests.integration.conftest import write_dataset
 
 HEIGHT, WIDTH = 201, 290  # neither is a multiple of the zoom or of a core
 ZOOM = 2
@@ -226,6 +233,35 @@ def test_everything_travels_in_the_state_dict(zoomed: ZoomedTwoStageModel) -> No
     image = with_spots(next(good_images())[0], (30, 40), (150, 200)).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(other(image).anomaly_map, zoomed(image).anomaly_map)
+
+
+def test_a_training_is_resumed_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data")
+
+    def fit(name: str, **options: Any) -> TwoStageSuperpixel:
+        seed_everything(0)
+        size = TwoStageSuperpixel.configure_pre_processor((128, 160))
+        model = TwoStageSuperpixel(zoom=ZOOM, zoom_windows=2, stage_one_fraction=0.5, pre_processor=size)
+        data = MVTecAD(root=dataset, category="plate", train_batch_size=2, eval_batch_size=3, num_workers=0)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        keep = ModelCheckpoint(dirpath=tmp_path / name, every_n_train_steps=3, filename="{step}")
+        engine = Engine(default_root_dir=tmp_path / name, max_steps=4, limit_val_batches=0, callbacks=[keep], **quiet)
+        engine.fit(model, datamodule=data, **options)
+        engine.trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        if name == "resumed":
+            engine.test(model, datamodule=data)
+            assert len(list((tmp_path / name).rglob("*.png"))) == len(data.test_data)
+        return model
+
+    through = fit("through")
+    resumed = fit("resumed", ckpt_path=tmp_path / "through" / "step=3.ckpt")
+    own = resumed.model.state_dict()
+    for name, value in through.model.state_dict().items():
+        assert torch.equal(own[name], value), name
+    again = TwoStageSuperpixel.load_from_checkpoint(tmp_path / "resumed.ckpt").eval()
+    images = torch.rand(1, 3, 128, 160)
+    with torch.no_grad():
+        assert torch.equal(again.model(images).anomaly_map, resumed.eval().model(images).anomaly_map)
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,10 @@ def quality(
     scores: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
         images, masks = as_the_model_sees(model, batch)
-        size = batch.image.shape[-2:] if full_size else images.shape[-2:]
-        truths.append({"gt_mask": batch.gt_mask if full_size else masks, "gt_label": batch.gt_label})
-        truths[-1]["image"] = batch.image if full_size else images
+        truth = (batch.image, batch.gt_mask) if full_size else (images, masks)
+        truths.append({"image": truth[0], "gt_mask": truth[1], "gt_label": batch.gt_label})
+        assert isinstance(truth[0], torch.Tensor)
+        size = truth[0].shape[-2:]
         for name, (values, score) in _maps(model, images.to(device)).items():
             maps.setdefault(name, []).append(None if values is None else _resized(values.float().cpu(), size))
             scores.setdefault(name, []).append(score.float().reshape(len(images)).cpu())

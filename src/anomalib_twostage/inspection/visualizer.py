@@ -265,9 +265,7 @@ class StageVisualizer(Visualizer):
         if item.gt_mask is not None:
             panels["ground truth"] = mask_panel(item.gt_mask, size)
         panels["stage one"] = heat_panel(stages.stage_one_map[index], size)
-        panels["superpixels"] = superpixel_panel(panels["image"], stages.labels[index])
-        if stages.looked is not None:
-            panels["superpixels"] = _outlined(panels["superpixels"], stages.looked[index] > 0.5, _WINDOW, thick=True)
+        panels["superpixels"] = superpixel_panel(panels["image"], stages, index)
         panels["refined image"] = image_panel(stages.refined_image[index], size)
         final = item.anomaly_map if item.anomaly_map is not None else stages.anomaly_map[index]
         panels["final map"] = heat_panel(final, size)
@@ -324,9 +322,17 @@ def heat_panel(values: torch.Tensor, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(mpl.colormaps["inferno"](resized, bytes=True)[..., :3])
 
 
-def superpixel_panel(panel: Image.Image, labels: torch.Tensor) -> Image.Image:
-    """A panel with the borders between the superpixels ``(H, W)``."""
-    return _outlined(panel, labels, _BORDER, opacity=0.6)
+def superpixel_panel(panel: Image.Image, stages: Any, index: int) -> Image.Image:
+    """A panel with the borders between the superpixels and, of a model that zooms, of what it looked at closely.
+
+    Args:
+        panel: What to draw on.
+        stages: What has ``labels`` ``(B, H, W)`` and, unless it is ``None``, ``looked`` ``(B, 1, H, W)`` in [0, 1].
+        index: Which of the batch.
+    """
+    panel = _outlined(panel, stages.labels[index], _BORDER, opacity=0.6)
+    looked = getattr(stages, "looked", None)
+    return panel if looked is None else _outlined(panel, looked[index] > 0.5, _WINDOW, thick=True)
 
 
 def picture_grid(

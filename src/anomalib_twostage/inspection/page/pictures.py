@@ -95,7 +95,8 @@ def save_stages(stages: Any, index: int, size: tuple[int, int], path: Path) -> N
 
     Args:
         stages: What has ``stage_one_map`` ``(B, 1, H, W)``, ``labels`` ``(B, H, W)`` and ``refined_image``
-            ``(B, C, H, W)``.
+            ``(B, C, H, W)``, and may have ``looked``, see
+            :func:`~anomalib_twostage.inspection.visualizer.superpixel_panel`.
         index: Which of the batch.
         size: Width and height of the image, whose proportions the panels get.
         path: File to write.
@@ -104,7 +105,7 @@ def save_stages(stages: Any, index: int, size: tuple[int, int], path: Path) -> N
     width, height = (max(1, round(side * scale)) for side in size)
     refined = image_panel(stages.refined_image[index], (width, height))
     first = heat_panel(stages.stage_one_map[index], (width, height))
-    panels = [first, superpixel_panel(first, stages.labels[index]), refined]
+    panels = [first, superpixel_panel(first, stages, index), refined]
     strip = Image.new("RGB", (3 * width, height))
     for i, panel in enumerate(panels):
         strip.paste(panel, (i * width, 0))

@@ -125,6 +125,12 @@ def test_where_nothing_is_suspicious_stage_one_has_the_word(
     torch.testing.assert_close(stages.anomaly_map, large, atol=1e-3, rtol=0)
 
 
+def test_a_map_scores_like_the_same_map_reduced(zoomed: ZoomedTwoStageModel) -> None:
+    small = torch.rand(3, 1, 40, 50)
+    large = small.repeat_interleave(ZOOM, dim=2).repeat_interleave(ZOOM, dim=3)
+    torch.testing.assert_close(zoomed.score(large), two_stage_superpixel_model("default").score(small))
+
+
 @pytest.mark.parametrize("place", [(0, 0), (0, WIDTH - 12), (HEIGHT - 12, 0), (HEIGHT - 12, WIDTH - 12), (90, 140)])
 def test_a_defect_is_looked_at_wherever_it_lies(zoomed: ZoomedTwoStageModel, place: tuple[int, int]) -> None:
     y, x = place

@@ -181,6 +181,10 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         """Give the distance its voice in a map ``(B, 1, H, W)`` in [0, 1], a louder one than without zoom."""
         return trained if distance is None else super().weigh(_SAY * trained, distance)
 
+    def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Image scores ``(B,)`` of maps ``(B, 1, H, W)``, over windows as large as without zoom."""
+        return super().score(self.reduce(anomaly_map))
+
     def to_be_painted(
         self, images: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,19 +11,22 @@ on where it was stopped.
 
 import argparse
 import platform
+import statistics
 import time
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _curves import BinnedCurves
 from _timing import machine
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
 from PIL import Image
+from torch.nn import functional
 
 from anomalib_twostage import TwoStageSuperpixel
-from anomalib_twostage.benchmark.measure import quality
 from anomalib_twostage.benchmark.table import FINAL, ResultsTable, RunKey
 
 KINDS = ("reduced", "zoom", "outright")
@@ -96,9 +99,33 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
     return rows
 
 
-def measured(model: TwoStageSuperpixel, data: Folder) -> dict[str, dict[str, float | None]]:
-    """Metrics of the maps, against the masks at the size of their files."""
-    return quality(model, data.test_dataloader(), full_size=True)
+@torch.no_grad()
+def measured(model: TwoStageSuperpixel, data: Folder) -> dict[str, dict[str, float]]:
+    """Metrics of the maps, against the masks at the size of their files, and the share that was looked at closely."""
+    two_stage, curves = model.model, defaultdict(BinnedCurves)
+    looked: dict[bool, list[float]] = {False: [], True: []}
+    for batch in data.test_dataloader():
+        images = model.pre_processor.transform(batch.image).to(model.device).as_subclass(torch.Tensor)
+        stages = two_stage.stages(images)
+        # The stages' maps are smoothed like the final one, so that they differ by the method's parts alone.
+        maps = {
+            "memory": two_stage.smooth(stages.distance),
+            "without stage two": two_stage.smooth(two_stage.without_stage_two(stages)),
+            FINAL: stages.anomaly_map,
+        }
+        for name, values in maps.items():
+            size = batch.image.shape[-2:]
+            planes = functional.interpolate(values.float(), size, mode="bilinear").squeeze(1).cpu()
+            for plane, mask, score in zip(planes, batch.gt_mask, two_stage.score(values.float()), strict=True):
+                curves[name].add(plane, mask.bool(), float(score))
+        if stages.looked is not None:
+            for share, label in zip(stages.looked.mean(dim=(1, 2, 3)), batch.gt_label, strict=True):
+                looked[bool(label)].append(float(share))
+    for defective, shares in looked.items():
+        if shares:
+            kind = "defective" if defective else "good"
+            print(f"looked closely at {100 * statistics.mean(shares):.1f} % of the {kind} images", flush=True)
+    return {name: curve.compute() for name, curve in curves.items()}
 
 
 def train(model: TwoStageSuperpixel, data: Folder, arguments: argparse.Namespace) -> float:

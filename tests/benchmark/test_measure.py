@@ -103,17 +103,6 @@ def test_masks_are_resized_with_the_images() -> None:
     assert measured["pixel AUROC"] == pytest.approx(roc_auc_score(masks.flatten().int(), maps.flatten()), abs=1e-5)
 
 
-def test_maps_are_brought_to_the_size_of_the_masks_if_asked() -> None:
-    detector = Detector(Brightness()).eval()
-    detector.pre_processor = PreProcessor(transform=Resize((SIDE // 2, SIDE // 2), antialias=False, interpolation=0))
-    data = batches()
-    measured = quality(detector, data, full_size=True)["final"]
-    small = torch.cat([detector.pre_processor.transform(batch.image)[:, :1] for batch in data])
-    maps = torch.nn.functional.interpolate(small, (SIDE, SIDE), mode="bilinear", align_corners=False)
-    masks = torch.cat([batch.gt_mask for batch in data])
-    assert measured["pixel AUROC"] == pytest.approx(roc_auc_score(masks.flatten().int(), maps.flatten()), abs=1e-5)
-
-
 def test_stages_of_ours_are_measured_apart() -> None:
     model = TwoStageSuperpixel(variant="small", segment_size=8).eval()
     model.pre_processor = None

@@ -3,14 +3,13 @@
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import AUPR, AUPRO, AUROC
 from anomalib.models import AnomalibModule
-from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_twostage.model.lightning_model import TwoStageSuperpixel
@@ -24,9 +23,7 @@ _ENOUGH_SECONDS = 5.0
 
 
 @torch.no_grad()
-def quality(
-    model: AnomalibModule, batches: Iterable[ImageBatch], full_size: bool = False
-) -> dict[str, dict[str, float | None]]:
+def quality(model: AnomalibModule, batches: Iterable[ImageBatch]) -> dict[str, dict[str, float | None]]:
     """Metrics of each of the model's maps, at its input size, before any normalisation.
 
     Args:
@@ -34,8 +31,6 @@ def quality(
             one, stage one's map, its superpixel mean, the map as it would be without stage two, the final map before
             smoothing and the final map are measured, of others the final map.
         batches: Test images with labels and masks, as the datamodule hands them out.
-        full_size: Whether maps are brought to the size that the masks are handed out in, instead of the masks to that
-            of the maps.
 
     Returns:
         Per map, the final one last, the values of :data:`METRICS` in [0, 1], by anomalib's metrics; ``None`` where
@@ -47,12 +42,9 @@ def quality(
     scores: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
         images, masks = as_the_model_sees(model, batch)
-        truth = (batch.image, batch.gt_mask) if full_size else (images, masks)
-        truths.append({"image": truth[0], "gt_mask": truth[1], "gt_label": batch.gt_label})
-        assert isinstance(truth[0], torch.Tensor)
-        size = truth[0].shape[-2:]
+        truths.append({"image": images, "gt_mask": masks, "gt_label": batch.gt_label})
         for name, (values, score) in _maps(model, images.to(device)).items():
-            maps.setdefault(name, []).append(None if values is None else _resized(values.float().cpu(), size))
+            maps.setdefault(name, []).append(None if values is None else values.float().cpu())
             scores.setdefault(name, []).append(score.float().reshape(len(images)).cpu())
     return {name: _metrics(truths, maps[name], scores[name]) for name in maps}
 
@@ -125,14 +117,6 @@ def _metrics(
         for metric in metrics.values():
             metric.update(batch)
     return {name: round(float(metrics[name].compute()), 6) if name in metrics else None for name in METRICS}
-
-
-def _resized(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Maps ``(B, 1, h, w)`` or ``(B, h, w)`` in this height and width."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    planes = maps.reshape(len(maps), 1, *maps.shape[-2:])
-    return functional.interpolate(planes, tuple(size), mode="bilinear", align_corners=False)
 
 
 def _to_unit_range(values: list[Any]) -> list[Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Areas under the curves of maps that are too many pixels to keep: 200 images of 768 x 512 take anomalib's metrics 9 GB.
+"""Areas under the curves of maps with too many pixels to keep: 200 of 768 x 512 take anomalib's metrics 9 GB.
 
 Pixels are counted in 65,536 bins, so the areas are those of as many thresholds. A test compares them with anomalib's.
 """

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ def test_binned_areas_are_those_of_anomalib(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     from _curves import BinnedCurves
 
-    maps, masks = torch.rand(6, 64, 80) ** 4, torch.zeros(6, 64, 80, dtype=torch.bool)
+    maps, masks = torch.rand(6, 64, 80) ** 8, torch.zeros(6, 64, 80, dtype=torch.bool)
     masks[0, 5:15, 5:25] = masks[0, 30:34, 30:34] = masks[1, 20:44, 20:28] = masks[2, 60:, 70:] = True
-    maps = (maps + 0.2 * masks).clamp(max=1)
+    maps = 0.6 * maps + 0.4 * masks * torch.rand(6, 64, 80)
     scores = maps.flatten(1).amax(dim=1)
     curves = BinnedCurves()
     for one, mask, score in zip(maps, masks, scores, strict=True):
@@ -33,5 +32,5 @@ def test_binned_areas_are_those_of_anomalib(monkeypatch: pytest.MonkeyPatch) -> 
     for metric in metrics.values():
         metric.update(batch)
     expected = {name: float(metric.compute()) for name, metric in metrics.items()}
-    assert 0.6 < expected["pixel AP"] < 0.95
+    assert 0.1 < expected["pixel AP"] < 0.95
     assert curves.compute() == pytest.approx(expected, abs=1e-3)

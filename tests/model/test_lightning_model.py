@@ -305,8 +305,10 @@ def test_a_compiled_model_is_trained_and_validated_alike(dataset: Path, tmp_path
     torch._dynamo.reset()
     (plain, loss), (compiled, compiled_loss) = run(compiled=False), run(compiled=True)
     torch.testing.assert_close(compiled_loss, loss)
+    # AdamW's first step is as long for a gradient next to zero, which rounds differently on every processor.
+    close = {"atol": 1e-4, "rtol": 1e-3, "equal_nan": True}
     for name, value in plain.items():
-        torch.testing.assert_close(compiled[name], value, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(compiled[name], value, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_it_is_a_one_class_model_with_anomalibs_defaults() -> None:

@@ -275,6 +275,7 @@ def test_a_training_is_resumed_as_if_it_had_not_been_stopped(tmp_path: Path) -> 
     [
         ({"zoom": 0}, "zoom must be a whole number from 1 to 16, got 0"),
         ({"zoom": 17}, "from 1 to 16, got 17"),
+        ({"zoom": 2.5}, "from 1 to 16, got 2.5"),
         ({"zoom": 2, "zoom_windows": 0}, "zoom_windows must be 1 or more, got 0"),
         ({"zoom": 2, "gate": "hard"}, "gate='hard'"),
         ({"zoom": 2, "variant": "small"}, "zoom=2 needs variant 'default'"),
@@ -284,6 +285,8 @@ def test_a_training_is_resumed_as_if_it_had_not_been_stopped(tmp_path: Path) -> 
 def test_what_cannot_zoom_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         two_stage_superpixel_model(**arguments)
+    with pytest.raises(ValueError, match=message):
+        TwoStageSuperpixel(**arguments)
 
 
 def test_a_traced_graph_looks_at_the_same_windows(zoomed: ZoomedTwoStageModel) -> None:

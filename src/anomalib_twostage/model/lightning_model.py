@@ -37,6 +37,7 @@ from .painting import Painting
 from .schedule import TwoStageTraining
 from .torch_model import StageMaps, TwoStageSuperpixelModel
 from .variants import VARIANTS, two_stage_superpixel_model, variant_of
+from .zoom import check_zoom
 
 __all__ = ["TwoStageSuperpixel"]
 
@@ -124,6 +125,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         zoom: int = 1,
         zoom_windows: int = 8,
     ) -> None:
+        check_zoom(zoom)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor((256 * zoom, 256 * zoom))
         super().__init__(pre_processor, post_processor, evaluator, visualizer)

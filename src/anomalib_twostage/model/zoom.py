@@ -21,7 +21,7 @@ from anomalib_twostage.pseudo_anomaly import imitate_faults
 from .feature_model import FeatureTemplate, FeatureTwoStageModel
 from .torch_model import Seen, StageMaps, Way
 
-__all__ = ["WindowGrid", "Windows", "ZoomedTwoStageModel"]
+__all__ = ["WindowGrid", "Windows", "ZoomedTwoStageModel", "check_zoom"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,17 @@ _SAY = 0.5  # of the stages beside the distances: close up those know most, and 
 _REMEMBERED = 1600  # windows of good images that the memory is chosen from
 _LEARNED = 2  # windows of each image that stage two learns from
 LARGEST_ZOOM = 16  # beyond, a window's core is smaller than its margins
+
+
+def check_zoom(zoom: int) -> None:
+    """Refuse a zoom that is none.
+
+    Raises:
+        ValueError: If it is not a whole number from 1 to 16.
+    """
+    if zoom not in range(1, LARGEST_ZOOM + 1):
+        msg = f"zoom must be a whole number from 1 to {LARGEST_ZOOM}, got {zoom}."
+        raise ValueError(msg)
 
 
 class Windows(NamedTuple):
@@ -138,9 +149,7 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
 
     def __init__(self, *, zoom: int, windows: int, **parts: Any) -> None:
         super().__init__(**parts)
-        if not 1 < zoom <= LARGEST_ZOOM:
-            msg = f"zoom must be a whole number from 1 to {LARGEST_ZOOM}, got {zoom}."
-            raise ValueError(msg)
+        check_zoom(zoom)
         if windows < 1:
             msg = f"zoom_windows must be 1 or more, got {windows}."
             raise ValueError(msg)

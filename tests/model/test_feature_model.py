@@ -215,3 +215,13 @@ def test_numbers_of_images_are_those_of_their_files() -> None:
 def test_levels_and_widths_must_be_as_many() -> None:
     with pytest.raises(ValueError, match=r"\(3, 4\) and \(8,\)"):
         Decoder((3, 4), (8,), stride=2)
+
+
+def test_a_graph_of_an_odd_size_answers_alike(remembered: FeatureTwoStageModel) -> None:
+    model = copy.deepcopy(remembered)
+    model.start_stage_two()
+    model.refiner.threshold = 1e-3
+    images = torch.rand(2, 3, 66, 71)
+    with torch.no_grad():
+        graph = torch.export.export(model, (images,), strict=False).module()
+        torch.testing.assert_close(graph(images)[2], model(images).anomaly_map, atol=1e-4, rtol=0)

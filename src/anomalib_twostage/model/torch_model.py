@@ -302,8 +302,8 @@ class TwoStageSuperpixelModel(nn.Module):
             touched = selected.amax(dim=(0, 1, 2, 3)) > 0
             logits: torch.Tensor = torch.cond(
                 touched,
-                # Without the detour a network at full resolution leaves other strides than zeros have.
-                lambda _, *seen: run(*seen).squeeze(1).unsqueeze(1),
+                # A network at full resolution leaves other strides than zeros have, and so does cutting to an odd size.
+                lambda _, *seen: run(*seen).squeeze(1).contiguous().unsqueeze(1),
                 lambda selected, *_: torch.zeros_like(selected),
                 (selected, *seen),
             )

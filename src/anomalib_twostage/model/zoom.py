@@ -295,7 +295,7 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         if is_exporting():  # no len() of what may have any length: it would be taken for a fixed number
             found = torch.cond(
                 chosen.any(),
-                lambda images, told, *windows: self._look(images, told, Windows(*windows))[1].squeeze(1),
+                lambda images, told, *windows: self._look(images, told, Windows(*windows))[1].squeeze(1).contiguous(),
                 lambda _, told, image, *__: told.new_zeros(image.shape[0], grid.side, grid.side),
                 (images, told, *windows),
             ).unsqueeze(1)

@@ -6,6 +6,7 @@ Pixels are counted in 65,536 bins, so the areas are those of as many thresholds.
 
 import torch
 from scipy import ndimage
+from torchmetrics.functional.classification import binary_auroc
 
 _BINS = 65536
 _LIMIT = 0.3  # of the false-positive rate, as anomalib's AUPRO
@@ -47,11 +48,9 @@ class BinnedCurves:
         within = (
             torch.trapezoid(overlap[: last + 1], rate[: last + 1]) + (_LIMIT - rate[last]) * (end + overlap[last]) / 2
         )
-        scores, labels = torch.tensor(self._scores, dtype=torch.float64), torch.tensor(self._labels)
-        ahead = scores[labels].unsqueeze(1) - scores[~labels]
         return {
             "pixel AUROC": float(torch.trapezoid(recall, rate)),
             "pixel AP": float((precision * steps).sum()),
             "AUPRO": float(within / _LIMIT),
-            "image AUROC": float((ahead > 0).double().mean() + (ahead == 0).double().mean() / 2),
+            "image AUROC": float(binary_auroc(torch.tensor(self._scores), torch.tensor(self._labels))),
         }

@@ -5,9 +5,9 @@
         --out docs/results/zoom_speed.md
     python benchmarks/zoom_speed.py --root ... --category ... --weights ... --runtime openvino --out ...
 
-The models are those that benchmarks/zoom.py has trained; an untrained one whose memory is full stands for one that is
-missing. Images are test images, good and defective ones apart, of batch 1. "Twice the side" is the same image enlarged
-to twice its height and width, with twice the zoom: what a camera with four times the pixels would cost.
+The models are those that benchmarks/zoom.py has trained; without zoom an untrained one whose memory is full stands for
+one that is missing. Images are test images, good and defective ones apart, of batch 1. "Twice the side" is the same
+image enlarged to twice its height and width, with twice the zoom: what a camera with four times the pixels would cost.
 """
 
 import statistics
@@ -77,7 +77,7 @@ def load(arguments, kind: str, size: tuple[int, int], zoom: int) -> TwoStageSupe
     pre_processor = TwoStageSuperpixel.configure_pre_processor(size)
     module = TwoStageSuperpixel(zoom=zoom, pre_processor=pre_processor, visualizer=False).eval()
     weights = arguments.weights / f"{kind}-{arguments.category}-0.pt"
-    if weights.exists():
+    if weights.exists() or zoom > 1:  # how much a zoom looks at depends on its training
         module.load_state_dict(torch.load(weights, weights_only=True)["weights"])
         if zoom > 1:
             module.model.zoom = zoom  # the weights bring their own

@@ -44,10 +44,9 @@ class StageVisualizer(Visualizer):
 
     From left to right: the image as the model sees it, in the proportions that it has in its file; the ground truth, if
     known; stage one's map; the borders of the superpixels and, of a model that zooms, of what it looked at closely; the
-    refined image; the final map as reported, that is after
-    the post-processor, with the contour of the predicted mask. The file has the path that anomalib's own
-    ``ImageVisualizer`` would give it, which is mostly name and folder of the image's file; where another image of the
-    run has that path, more of the folders above go before it.
+    refined image; the final map as reported, that is after the post-processor, with the contour of the predicted mask.
+    The file has the path that anomalib's own ``ImageVisualizer`` would give it, which is mostly name and folder of the
+    image's file; where another image of the run has that path, more of the folders above go before it.
 
     During training, painted examples go to the loggers after each validation, if there is one that takes images
     (anomalib's, or Lightning's ``TensorBoardLogger``): the image, what was painted, its mask, stage one's map and

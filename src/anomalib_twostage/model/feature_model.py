@@ -19,7 +19,7 @@ from .memory import FeatureSums, PatchMemory, PlaceStatistics, as_patches
 from .refiner import RefinedImage
 from .torch_model import Seen, TwoStageSuperpixelModel
 
-__all__ = ["FeatureTemplate", "FeatureTwoStageModel"]
+__all__ = ["FeatureTemplate", "FeatureTwoStageModel", "with_detail"]
 
 _BATCH = 8
 _PER_IMAGE = 1024  # patches that a memory looks at, so that large images stay within bounds
@@ -157,17 +157,24 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
         if self.gate == "hard":
             images = refined.image
         maps = [stage_one_map, refined.pooled, *([] if seen.distance is None else [seen.distance])]
-        detail = torch.cat([2 * images.float() - 1, *maps], dim=1)
-        height, width = images.shape[-2:]
-        if height % 2 or width % 2:
-            detail = functional.pad(detail, (0, width % 2, 0, height % 2), mode="replicate")
-        return (*seen.levels, functional.pixel_unshuffle(detail, 2))
+        return with_detail(seen.levels, images, maps)
 
     def _hand_over_weights(self) -> None:
         """Let stage two continue from stage one's weights, as far as it has the same layers."""
         own = self.stage_two.state_dict()
         taken = {name: value for name, value in self.stage_one.state_dict().items() if not name.startswith("head.")}
         self.stage_two.load_state_dict({**own, **taken})
+
+
+def with_detail(
+    levels: tuple[torch.Tensor, ...], images: torch.Tensor, maps: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """What stage two sees: levels of features, and behind them images ``(B, C, H, W)`` in [0, 1] and maps in full."""
+    detail = torch.cat([2 * images.float() - 1, *maps], dim=1)
+    height, width = images.shape[-2:]
+    if height % 2 or width % 2:
+        detail = functional.pad(detail, (0, width % 2, 0, height % 2), mode="replicate")
+    return (*levels, functional.pixel_unshuffle(detail, 2))
 
 
 def _pooled(levels: list[torch.Tensor]) -> list[torch.Tensor]:

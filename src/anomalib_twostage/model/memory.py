@@ -216,19 +216,15 @@ class PatchMemory(nn.Module):
         places_at_once = max(1, _ENTRIES // len(self.patches))
         found = []
         for first in range(0, batch, images_at_once):
-            some = places[first * per_image : (first + images_at_once) * per_image]
-            if own is None:
-                found += [first_highest(self._similarity(part)) for part in some.split(places_at_once)]
-                continue
-            hidden = own[first : first + images_at_once]
-            for part in some.reshape(len(hidden), per_image, -1).split(places_at_once, dim=1):
-                found.append(first_highest(self._similarity(part, hidden)).reshape(-1))
+            some = places.unflatten(0, (batch, per_image))[first : first + images_at_once]
+            hidden = None if own is None else own[first : first + images_at_once]
+            found += [first_highest(self._similarity(part, hidden)).flatten() for part in some.split(places_at_once, 1)]
         return torch.cat(found)
 
     def _similarity(self, places: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """What is the greater the nearer patches are to places: ``(P, N)`` of ``(P, D)``.
+        """What is the greater the nearer patches are to places ``(..., P, D)``: ``(..., P, N)``.
 
-        Of places by image ``(B, P, D)``, with the patches hidden from each as ``(B, N)``, ``(B, P, N)``.
+        ``hidden`` says which patches are hidden from the places of each image, ``(B, N)`` for ``(B, P, D)``.
         """
         patches = self.patches
         lengths = patches.square().sum(dim=1)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from anomalib_twostage.common.tracing import is_exporting
 from anomalib_twostage.pseudo_anomaly import imitate_faults
 
-from .feature_model import FeatureTemplate, FeatureTwoStageModel
+from .feature_model import FeatureTemplate, FeatureTwoStageModel, with_detail
 from .torch_model import Seen, StageMaps, Way
 
 __all__ = ["WindowGrid", "Windows", "ZoomedTwoStageModel", "check_zoom"]
@@ -31,7 +31,7 @@ _FAR = 0.42  # about nine tenths of the distance that one good patch of a thousa
 _SAY = 0.5  # of the stages beside the distances: close up those know most, and windows must fit the map around them
 _REMEMBERED = 1600  # windows of good images that the memory is chosen from
 _LEARNED = 2  # windows of each image that stage two learns from
-LARGEST_ZOOM = 16  # beyond, a window's core is smaller than its margins
+_LARGEST_ZOOM = 16  # beyond, a window's core is smaller than its margins
 
 
 def check_zoom(zoom: int) -> None:
@@ -40,8 +40,8 @@ def check_zoom(zoom: int) -> None:
     Raises:
         ValueError: If it is not a whole number from 1 to 16.
     """
-    if zoom not in range(1, LARGEST_ZOOM + 1):
-        msg = f"zoom must be a whole number from 1 to {LARGEST_ZOOM}, got {zoom}."
+    if zoom not in range(1, _LARGEST_ZOOM + 1):
+        msg = f"zoom must be a whole number from 1 to {_LARGEST_ZOOM}, got {zoom}."
         raise ValueError(msg)
 
 
@@ -322,10 +322,7 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         told = self._reduced_grid(*told.shape[-2:]).cut(told, windows)
         told = functional.interpolate(told, scale_factor=float(self.zoom), mode="bilinear", align_corners=False)
         seen = self.close_template(pixels, numbers)
-        detail = torch.cat([2 * pixels.float() - 1, told, *_distance(seen)], dim=1)
-        if grid.side % 2:
-            detail = functional.pad(detail, (0, 1, 0, 1), mode="replicate")
-        logits = self.stage_two(*seen.levels, functional.pixel_unshuffle(detail, 2)).float()
+        logits = self.stage_two(*with_detail(seen.levels, pixels, [told, *_distance(seen)])).float()
         logits = logits[..., : grid.side, : grid.side]
         trained = (told[:, :2].mean(dim=1, keepdim=True) + logits.sigmoid()) / 2
         return logits, self.weigh(trained, None if seen.distance is None else (told[:, 2:] + seen.distance) / 2)

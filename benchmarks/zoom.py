@@ -41,6 +41,7 @@ def main() -> None:
     options.add_argument(
         "--zoom", type=int, default=3, help="also how much 'reduced' is reduced (default: %(default)s)"
     )
+    options.add_argument("--zoom_windows", type=int, default=8, help="changes no training (default: %(default)s)")
     options.add_argument("--max_steps", type=int, default=600)
     options.add_argument("--precision", default="32-true", help="bf16-mixed where the processor has it")
     options.add_argument("--accelerator", default="cpu")
@@ -52,14 +53,15 @@ def main() -> None:
         for seed in arguments.seeds:
             for category in arguments.categories:
                 for kind in arguments.kinds:
-                    key = RunKey(label(kind, arguments.zoom), category, seed)
+                    key = RunKey(label(kind, arguments.zoom, arguments.zoom_windows), category, seed)
                     if table.run(key) is None:
                         print(key, flush=True)
                         table.add(train_and_measure(key, kind, arguments))
 
 
-def label(kind: str, zoom: int) -> str:
-    return {"reduced": f"reduced by {zoom}", "zoom": f"zoom {zoom}", "outright": "outright"}[kind]
+def label(kind: str, zoom: int, windows: int) -> str:
+    zoomed = f"zoom {zoom}" if windows == 8 else f"zoom {zoom}, {windows} windows"
+    return {"reduced": f"reduced by {zoom}", "zoom": zoomed, "outright": "outright"}[kind]
 
 
 def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -80,6 +82,8 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
         seconds = train(model, data, arguments)
         weights.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"weights": model.state_dict(), "seconds": seconds}, weights)
+    if zoom > 1:
+        model.model.windows = arguments.zoom_windows  # weights bring their own
     model.to(arguments.accelerator).eval()
     batches = folder(arguments.root / key.category)  # one that no engine has seen keeps its masks as they are
     batches.setup()

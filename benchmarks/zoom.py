@@ -73,7 +73,7 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
     zoom = arguments.zoom if kind == "zoom" else 1
     seed_everything(key.seed)
     model = TwoStageSuperpixel(zoom=zoom, pre_processor=pre_processor, visualizer=False, evaluator=False)
-    weights = arguments.out.with_suffix("") / f"{kind}-{key.category}-{key.seed}.pt"
+    weights = arguments.out.with_suffix("") / f"{kind}-{key.category}-{key.seed}-{arguments.max_steps}.pt"
     if weights.exists():
         kept = torch.load(weights, weights_only=True)
         model.load_state_dict(kept["weights"])

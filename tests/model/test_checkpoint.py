@@ -279,6 +279,19 @@ def test_weights_with_an_unknown_setting_are_refused() -> None:
         make_model().model.load_state_dict(weights)
 
 
+@pytest.mark.parametrize("zoom", [1, 3])
+def test_nothing_is_said_where_the_checkpoint_replaces_a_size_that_nobody_chose(
+    zoom: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = TwoStageSuperpixel(zoom=zoom, pre_processor=PreProcessor(Resize((384, 576))))
+    checkpoint = {"state_dict": trained.state_dict(), "hyper_parameters": {}}
+    trained.on_save_checkpoint(checkpoint)
+    model = TwoStageSuperpixel(zoom=zoom)
+    model.on_load_checkpoint(checkpoint)
+    assert model.input_size == (384, 576)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("component", ["pre_processor", "post_processor"])
 def test_a_processor_that_the_checkpoint_replaces_is_named(
     component: str, chosen: tuple[TwoStageSuperpixel, Path], caplog: pytest.LogCaptureFixture

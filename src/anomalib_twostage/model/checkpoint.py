@@ -38,6 +38,7 @@ class ResumableCheckpoints(LightningModule):
 
     model: TwoStageSuperpixelModel
     variant: str
+    default_size: tuple[int, int]
     _resumed: dict[str, Any] | None = None  # what the checkpoint of a run says of how to go on
 
     def save_hyperparameters(self, *args: Any, ignore: Any = None, frame: Any = None, **kwargs: Any) -> None:
@@ -238,16 +239,20 @@ def _add_settings(checkpoint: dict[str, Any]) -> None:
     weights["model._extra_state"] = pack_state({"stage": int(stage), **settings})
 
 
-def _name_replaced_processors(model: LightningModule, checkpoint: dict[str, Any]) -> None:
+def _name_replaced_processors(model: Any, checkpoint: dict[str, Any]) -> None:
     """Log which settings of a model's pre- and post-processor the checkpoint replaces, as anomalib lets it."""
-    for name in ("pre_processor", "post_processor"):
+    defaults = {
+        "pre_processor": lambda: model.configure_pre_processor(model.default_size),
+        "post_processor": model.configure_post_processor,
+    }
+    for name, make_default in defaults.items():
         own, saved = getattr(model, name), checkpoint.get(f"anomalib_{name}_config")
         if saved is None:
             continue
         if own is None:
             logger.warning("The checkpoint was trained with a %s; the model has none, and goes on without.", name)
         elif hasattr(own, "checkpoint_config"):
-            default = getattr(model, f"configure_{name}")().checkpoint_config()
+            default = make_default().checkpoint_config()
             for key, value in own.checkpoint_config().items():
                 if key in saved and value not in (saved[key], default.get(key)):
                     logger.warning(

@@ -126,13 +126,15 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         zoom_windows: int = 8,
     ) -> None:
         check_zoom(zoom)
+        default_size = (256 * zoom, 256 * zoom)
         if pre_processor is True:
-            pre_processor = self.configure_pre_processor((256 * zoom, 256 * zoom))
+            pre_processor = self.configure_pre_processor(default_size)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         check_fraction("stage_one_fraction", stage_one_fraction, include_one=False)
         if not learning_rate > 0:
             msg = f"learning_rate must be above 0, got {learning_rate}."
             raise ValueError(msg)
+        self.default_size = default_size
         self.variant = variant_of(variant, backbone)
         self.model = two_stage_superpixel_model(
             self.variant,

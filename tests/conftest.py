@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import numpy as np
 import pytest
 import torch
 from skimage import data as photographs
 
+# Tests run side by side, one to a core; so do the programs that they start, which would wait for each other's threads.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

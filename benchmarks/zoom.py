@@ -73,15 +73,15 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
     zoom = arguments.zoom if kind == "zoom" else 1
     seed_everything(key.seed)
     model = TwoStageSuperpixel(zoom=zoom, pre_processor=pre_processor, visualizer=False, evaluator=False)
-    weights = arguments.out.with_suffix("") / f"{kind}-{key.category}-{key.seed}-{arguments.max_steps}.pt"
-    if weights.exists():
-        kept = torch.load(weights, weights_only=True)
+    weights = arguments.out.with_suffix("") / f"{kind}-{key.category}-{key.seed}.pt"
+    kept = torch.load(weights, weights_only=True) if weights.exists() else {}
+    if kept.get("steps") == arguments.max_steps:
         model.load_state_dict(kept["weights"])
         seconds = kept["seconds"]
     else:
         seconds = train(model, data, arguments)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"weights": model.state_dict(), "seconds": seconds}, weights)
+        torch.save({"weights": model.state_dict(), "seconds": seconds, "steps": arguments.max_steps}, weights)
     if zoom > 1:
         model.model.windows = arguments.zoom_windows  # weights bring their own
     model.to(arguments.accelerator).eval()

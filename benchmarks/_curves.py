@@ -13,7 +13,7 @@ _LIMIT = 0.3  # of the false-positive rate, as anomalib's AUPRO
 
 
 class BinnedCurves:
-    """Pixel AUROC, pixel AP, AUPRO and image AUROC of maps in [0, 1], image by image."""
+    """Pixel AUROC, pixel AP, AUPRO and image AUROC of maps in [0, 1], batch by batch."""
 
     def __init__(self) -> None:
         self._defective, self._normal, self._overlap = torch.zeros(3, _BINS, dtype=torch.float64)
@@ -21,8 +21,12 @@ class BinnedCurves:
         self._scores: list[float] = []
         self._labels: list[bool] = []
 
-    def add(self, anomaly_map: torch.Tensor, mask: torch.Tensor, score: float) -> None:
-        """Add a map ``(H, W)`` in [0, 1], its mask ``(H, W)`` bool and the image's score."""
+    def add(self, maps: torch.Tensor, masks: torch.Tensor, scores: torch.Tensor) -> None:
+        """Add maps ``(B, H, W)`` in [0, 1], their masks ``(B, H, W)`` and the images' scores ``(B,)``."""
+        for anomaly_map, mask, score in zip(maps, masks, scores, strict=True):
+            self._add(anomaly_map, mask.bool(), float(score))
+
+    def _add(self, anomaly_map: torch.Tensor, mask: torch.Tensor, score: float) -> None:
         bins = (anomaly_map.double().sqrt() * (_BINS - 1)).round().long()  # the root: low values are many
         self._normal += torch.bincount(bins[~mask], minlength=_BINS)
         self._scores.append(score)

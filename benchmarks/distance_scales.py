@@ -54,17 +54,17 @@ def measured(root: Path, scales: list[float], patches: int) -> dict[str, dict[st
         template.fit((image, number) for number, image in enumerate(tqdm(good, f"{root.name}, {scale:g} times")))
     curves: dict[str, BinnedCurves] = defaultdict(BinnedCurves)
     for batch in tqdm(data.test_dataloader(), root.name):
-        images = batch.image.as_subclass(torch.Tensor)
-        size = images.shape[-2:]
-        distances = {scale: resized(own(enlarged(images, scale)).distance, size) for scale, own in templates.items()}
+        size = batch.image.shape[-2:]
+        distances = {
+            scale: resized(own(enlarged(batch.image, scale)).distance, size) for scale, own in templates.items()
+        }
         maps = {"as they are": distances[1.0]}
         for scale in scales:
             maps[f"{scale:g} times"] = distances[scale]
             maps[f"mean of both, {scale:g} times"] = (distances[1.0] + distances[scale]) / 2
         for name, values in maps.items():
             smooth = model.smooth(values)
-            for plane, mask, score in zip(smooth.squeeze(1), batch.gt_mask, model.score(smooth), strict=True):
-                curves[name].add(plane, mask.bool(), float(score))
+            curves[name].add(smooth.squeeze(1), batch.gt_mask, model.score(smooth))
     return {name: curve.compute() for name, curve in curves.items()}
 
 

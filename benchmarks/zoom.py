@@ -120,8 +120,7 @@ def measured(model: TwoStageSuperpixel, data: Folder) -> dict[str, dict[str, flo
         for name, values in maps.items():
             size = batch.image.shape[-2:]
             planes = functional.interpolate(values.float(), size, mode="bilinear").squeeze(1).cpu()
-            for plane, mask, score in zip(planes, batch.gt_mask, two_stage.score(values.float()), strict=True):
-                curves[name].add(plane, mask.bool(), float(score))
+            curves[name].add(planes, batch.gt_mask, two_stage.score(values.float()))
         if stages.looked is not None:
             for share, label in zip(stages.looked.mean(dim=(1, 2, 3)), batch.gt_label, strict=True):
                 looked[bool(label)].append(float(share))

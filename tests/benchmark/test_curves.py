@@ -16,8 +16,7 @@ def test_binned_areas_are_those_of_anomalib(monkeypatch: pytest.MonkeyPatch) -> 
     maps = 0.6 * maps + 0.4 * masks * torch.rand(6, 64, 80)
     scores = maps.flatten(1).amax(dim=1)
     curves = BinnedCurves()
-    for one, mask, score in zip(maps, masks, scores, strict=True):
-        curves.add(one, mask, float(score))
+    curves.add(maps, masks, scores)
     pixels, image = ["anomaly_map", "gt_mask"], ["pred_score", "gt_label"]
     metrics = {
         "pixel AUROC": AUROC(pixels),

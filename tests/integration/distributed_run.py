@@ -36,7 +36,6 @@ class Witness(Callback):
 
 
 def main(dataset: str, folder: str, processes: str, strategy: str) -> None:
-    torch.set_num_threads(1)
     seed_everything(0)
     data = MVTecAD(dataset, category="plate", train_batch_size=2, eval_batch_size=2, num_workers=0)
     pre_processor = TwoStageSuperpixel.configure_pre_processor((64, 64))

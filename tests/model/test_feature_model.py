@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_a_training_image_does_not_find_itself(remembered: FeatureTwoStageModel)
 
 def test_the_same_images_give_the_same_memory_whatever_the_random_state(remembered: FeatureTwoStageModel) -> None:
     torch.manual_seed(123)
-    other = FeatureTemplate(Backbone())
+    other = FeatureTemplate(Backbone(), magnification=remembered.template.magnification)
     other.fit(good_images())
     for name, value in remembered.template.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
@@ -151,7 +153,7 @@ def test_stage_two_looks_at_single_pixels(remembered: FeatureTwoStageModel) -> N
     image = next(good_images())[0].unsqueeze(0)
     with torch.no_grad():
         seen = model.seen(image)
-        first = model.stage_one(*seen.levels).sigmoid()
+        first = model.stage_one_logits(image, seen).sigmoid()
         refined = model.refiner(image, first, model.slic(image), model.slic.max_segments(SIDE, SIDE))
         moved = image.clone()
         moved[..., 20, 21] = 1.0
@@ -225,3 +227,81 @@ def test_a_graph_of_an_odd_size_answers_alike(remembered: FeatureTwoStageModel) 
     with torch.no_grad():
         graph = torch.export.export(model, (images,), strict=False).module()
         torch.testing.assert_close(graph(images)[2], model(images).anomaly_map, atol=1e-4, rtol=0)
+
+
+def magnified_by(factor: float) -> FeatureTwoStageModel:
+    torch.manual_seed(0)
+    model = two_stage_superpixel_model("default", magnification=factor).eval()
+    assert isinstance(model, FeatureTwoStageModel)
+    return model
+
+
+def test_a_magnified_image_looks_like_a_larger_one() -> None:
+    def enlarged(images: torch.Tensor) -> torch.Tensor:
+        return functional.interpolate(images, (96, 96), mode="bilinear")
+
+    magnifying, plain = magnified_by(1.5), magnified_by(1.0)
+    magnifying.remember(good_images())
+    plain.remember((enlarged(image.unsqueeze(0))[0], number) for image, number in good_images())
+    image = with_a_spot(next(good_images())[0]).unsqueeze(0)
+    own, other = magnifying.seen(image), plain.seen(enlarged(image))
+    for level, expected in zip(own.levels, other.levels, strict=True):
+        assert torch.equal(level, expected)
+    assert own.distance is not None
+    assert other.distance is not None
+    assert own.distance.shape == (1, 1, SIDE, SIDE)
+    reduced = functional.interpolate(other.distance, (SIDE, SIDE), mode="bilinear")
+    torch.testing.assert_close(own.distance, reduced, atol=0.02, rtol=0)
+
+
+def test_maps_and_logits_of_magnified_images_lie_where_the_images_do() -> None:
+    """What stage one draws of one half only is found in that half."""
+    model = magnified_by(1.5)
+    model.remember(good_images(3))
+    images = torch.rand(2, 3, 65, 83)
+
+    def half(*levels: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((2, 1, 4 * levels[-1].shape[-2], 4 * levels[-1].shape[-1]), -5.0)
+        logits[..., : round(1.5 * 83) // 2] = 5.0
+        return logits
+
+    model.stage_one.forward = half  # type: ignore[method-assign]
+    with torch.no_grad():
+        stages = model.stages(images)
+        logits, _ = model.learned_logits(images, torch.zeros(2, 1, 65, 83))
+    assert stages.stage_one_map.shape == stages.anomaly_map.shape == logits.shape == (2, 1, 65, 83)
+    assert stages.stage_one_map[..., :41].min() > 0.9
+    assert stages.stage_one_map[..., 43:].max() < 0.1
+    torch.testing.assert_close(logits.sigmoid(), stages.stage_one_map)
+
+
+def test_the_default_magnifies_unless_it_zooms() -> None:
+    assert two_stage_superpixel_model("default").template.magnification == 1.5
+    assert two_stage_superpixel_model("default", zoom=2).template.magnification == 1
+    assert two_stage_superpixel_model("default", zoom=2, magnification=2).template.magnification == 2
+
+
+def test_weights_from_before_there_was_a_magnification_have_none(caplog: pytest.LogCaptureFixture) -> None:
+    weights = magnified_by(1.0).state_dict()
+    state = json.loads(bytes(weights["_extra_state"].tolist()))
+    assert state.pop("magnification") == 1
+    weights["_extra_state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    model = magnified_by(1.5)
+    model.load_state_dict(weights)
+    assert model.template.magnification == 1
+    assert "magnification=1.0 instead of 1.5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"magnification": 0.5}, "magnification must be 1 or more, got 0.5"),
+        ({"magnification": float("inf")}, "magnification must be 1 or more, got inf"),
+        ({"magnification": float("nan")}, "magnification must be 1 or more, got nan"),
+        ({"magnification": 1.5, "variant": "small"}, "magnification=1.5 needs variant 'default'"),
+        ({"magnification": 1.5, "backbone": None}, "magnification=1.5 needs variant 'default'"),
+    ],
+)
+def test_what_cannot_be_magnified_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TwoStageSuperpixel(**arguments)

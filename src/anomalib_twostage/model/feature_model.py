@@ -6,6 +6,7 @@ patches of the image, and stage two looks at those in full resolution. The dista
 final map, beside what the stages have learned: what no paint resembles keeps its rank.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -37,6 +38,12 @@ class FeatureTemplate(nn.Module):
         memory: Whether there are memories; without, features are compared with the mean of their place alone.
         place: Whether each place has its own mean; otherwise features are compared with the mean of all places.
         size: Patches of each memory.
+        magnification: How many times as high and wide the backbone sees images, 1 or more: what is thinner than the
+            finest features' stride of 4 pixels gets features of its own. All that is said of strides is of what the
+            backbone sees.
+
+    Raises:
+        ValueError: If ``magnification`` is below 1.
 
     Example:
         >>> from anomalib_twostage.model.backbone import Backbone
@@ -48,9 +55,20 @@ class FeatureTemplate(nn.Module):
     statistics: Sequence[PlaceStatistics]
     memories: Sequence[PatchMemory]
 
-    def __init__(self, backbone: Backbone, memory: bool = True, place: bool = True, size: int = 2048) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        memory: bool = True,
+        place: bool = True,
+        size: int = 2048,
+        magnification: float = 1.0,
+    ) -> None:
         super().__init__()
+        if not 1 <= magnification < math.inf:
+            msg = f"magnification must be 1 or more, got {magnification}."
+            raise ValueError(msg)
         self.backbone = backbone
+        self.magnification = magnification
         statistics = [PlaceStatistics(channels, place) for channels in backbone.channels]
         memories = [PatchMemory(channels, size) for channels in backbone.channels if memory]
         self.statistics = nn.ModuleList(statistics)  # type: ignore[assignment]
@@ -83,7 +101,7 @@ class FeatureTemplate(nn.Module):
         patches: list[list[torch.Tensor]] = [[] for _ in self.memories]
         sources: list[int] = []
         for batch, numbers in _batches(images):
-            levels = _pooled(self.backbone(batch.to(device)))
+            levels = _pooled(self.backbone(self._magnified(batch.to(device))))
             for own, level in zip(sums, levels, strict=True):
                 own.add(level)
             for own_patches, level in zip(patches, levels, strict=False):
@@ -110,7 +128,7 @@ class FeatureTemplate(nn.Module):
             How features differ at strides 16, 8 and 4, and the distance map ``(B, 1, H, W)`` in [0, 1), if there are
             memories.
         """
-        raw = self.backbone(images)
+        raw = self.backbone(self._magnified(images))
         with full_precision(images.device):
             finest = self.statistics[0].deviation(self.statistics[0].scaled(raw[0]))
             levels = [own.scaled(level) for own, level in zip(self.statistics, _pooled(raw), strict=True)]
@@ -127,6 +145,17 @@ class FeatureTemplate(nn.Module):
             at_16 = torch.cat([coarse.difference, places[2], distances[2]], dim=1)
             at_8 = [middle.difference, places[1], fine.difference, places[0], distances[1], distances[0]]
             return Seen((at_16, torch.cat(at_8, dim=1), finest), (distance / 2).tanh())
+
+    def magnified_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what the backbone sees of images of this height and width."""
+        return round(self.magnification * height), round(self.magnification * width)
+
+    def _magnified(self, images: torch.Tensor) -> torch.Tensor:
+        """Images ``(B, C, H, W)`` as the backbone sees them."""
+        if self.magnification == 1:
+            return images
+        size = self.magnified_size(*images.shape[-2:])
+        return functional.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
 class FeatureTwoStageModel(TwoStageSuperpixelModel):
@@ -150,6 +179,13 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
     def weigh(self, trained: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
         """Give the distance its voice in a map ``(B, 1, H, W)`` in [0, 1]."""
         return trained if distance is None else distance * (1 + trained) / 2
+
+    def _drawn(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Stage one's logits as it drew them, for images of this height and width: it drew magnified ones."""
+        logits = super()._drawn(logits, *self.template.magnified_size(height, width))
+        if self.template.magnification == 1:
+            return logits
+        return functional.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
 
     def _handed_on(
         self, images: torch.Tensor, seen: Seen, stage_one_map: torch.Tensor, refined: RefinedImage

@@ -87,6 +87,8 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         zoom: Of ``"default"``: a whole number from 1 to 16, by how much stage one's image is reduced. The default
             pre-processor then resizes to that many times 256 x 256, and stage two looks at windows of that.
         zoom_windows: Windows of an image that stage two looks at, at most.
+        magnification: Of ``"default"``: how many times as large the backbone sees images, 1 or more. Time grows with
+            its square; ``None`` takes 1.5, or 1 with a zoom, whose windows are a closer look already.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -124,6 +126,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         place_deviation: bool = True,
         zoom: int = 1,
         zoom_windows: int = 8,
+        magnification: float | None = None,
     ) -> None:
         check_zoom(zoom)
         default_size = (256 * zoom, 256 * zoom)
@@ -148,6 +151,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
             place_deviation=place_deviation,
             zoom=zoom,
             zoom_windows=zoom_windows,
+            magnification=magnification,
         )
         self.loss = make_loss(loss or VARIANTS[self.variant].loss)
         self.stage_one_fraction = stage_one_fraction

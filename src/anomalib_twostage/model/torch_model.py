@@ -39,7 +39,10 @@ _SETTINGS = {
     "threshold": "refiner",
     "margin": "refiner",
     "num_neighbors": "template",
+    "magnification": "template",
 }
+# Settings that weights of earlier versions come without, and what they were trained with.
+_EARLIER = {"magnification": 1.0}
 
 
 class Seen(NamedTuple):
@@ -184,7 +187,7 @@ class TwoStageSuperpixelModel(nn.Module):
             ``anomaly_map`` ``(B, 1, H, W)`` and ``pred_score`` ``(B,)``, float32 in [0, 1].
         """
         seen = self.seen(images)
-        return self._answer(images, seen, self.stage_one(*seen.levels), kept)
+        return self._answer(images, seen, self.stage_one_logits(images, seen), kept)
 
     def _answer(
         self, images: torch.Tensor, seen: Seen, stage_one_logits: torch.Tensor, kept: list[StageMaps] | None
@@ -201,7 +204,6 @@ class TwoStageSuperpixelModel(nn.Module):
 
     def _to_superpixels(self, images: torch.Tensor, stage_one_logits: torch.Tensor) -> Way:
         """From stage one's logits to the refined image."""
-        stage_one_logits = stage_one_logits[..., : images.shape[-2], : images.shape[-1]]
         stage_one_map = stage_one_logits.detach().float().sigmoid()
         labels = self.slic(images)
         refined = self.refiner(images, stage_one_map, labels, self.slic.max_segments(*images.shape[-2:]))
@@ -226,7 +228,9 @@ class TwoStageSuperpixelModel(nn.Module):
         """
         kept: list[StageMaps] = []
         seen = self.seen(images)
-        self._answer(images, seen, self.stage_one(*seen.levels) if stage_one_logits is None else stage_one_logits, kept)
+        if stage_one_logits is None:
+            stage_one_logits = self.stage_one_logits(images, seen)
+        self._answer(images, seen, stage_one_logits, kept)
         return kept[0]
 
     def to_be_painted(
@@ -251,9 +255,9 @@ class TwoStageSuperpixelModel(nn.Module):
             ``(B, 1, H, W)``, unbounded, and the mask; or both of some windows of the images.
         """
         seen = self.seen(images, numbers)
-        logits = self.stage_one(*seen.levels)
+        logits = self.stage_one_logits(images, seen)
         if self.stage == 1:
-            return logits[..., : images.shape[-2], : images.shape[-1]], mask
+            return logits, mask
         way = self._through_stages(images, seen, imitate_faults(logits.float()))
         assert way.stage_two_logits is not None
         return way.stage_two_logits, mask
@@ -270,6 +274,15 @@ class TwoStageSuperpixelModel(nn.Module):
         """What stage one sees of images ``(B, C, H, W)``: them and, with a template, their deviations beside them."""
         del numbers
         return Seen((images if self.template is None else torch.cat([images, self.template(images)], dim=1),))
+
+    def stage_one_logits(self, images: torch.Tensor, seen: Seen) -> torch.Tensor:
+        """Stage one's logits of what is seen of images, unbounded, ``(B, 1, H, W)`` as those or as the reduced ones."""
+        size = (images if seen.reduced is None else seen.reduced).shape[-2:]
+        return self._drawn(self.stage_one(*seen.levels), *size)
+
+    def _drawn(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Stage one's logits as it drew them, for images of this height and width."""
+        return logits[..., :height, :width]
 
     def weigh(self, trained: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
         """Give the distance its voice in a map ``(B, 1, H, W)``: here it has none."""
@@ -424,7 +437,7 @@ class TwoStageSuperpixelModel(nn.Module):
             msg = f"The weights come with settings that are not known here, {unknown}: update anomalib-twostage."
             raise ValueError(msg)
         own, owners = self.settings, self._owners()
-        replaced = {name: value for name, value in loaded.items() if name in own and value != own[name]}
+        replaced = {name: value for name, value in (_EARLIER | loaded).items() if name in own and value != own[name]}
         for name, value in replaced.items():
             setattr(owners[name], name, value)
         if replaced:

@@ -37,6 +37,7 @@ class Variant:
         template: Whether there is a golden template.
         segment_size: Side of a superpixel in pixels.
         smoothing: Standard deviation of the Gaussian that smooths the final map, as a share of the segment size.
+        magnification: How many times as large a backbone sees images that are not zoomed.
     """
 
     widths: tuple[int, ...]
@@ -48,10 +49,11 @@ class Variant:
     template: bool = True
     segment_size: int = 16
     smoothing: float = 0.25
+    magnification: float = 1.0
 
 
 VARIANTS = {
-    "default": Variant(widths=(64, 64, 32, 24), features=True, segment_size=8),
+    "default": Variant(widths=(64, 64, 32, 24), features=True, segment_size=8, magnification=1.5),
     "scratch": Variant(widths=(32, 64, 128, 256, 256)),
     "small": Variant(widths=(16, 32, 64, 128, 128)),
     "paper": Variant(
@@ -88,6 +90,7 @@ def two_stage_superpixel_model(
     place_deviation: bool = True,
     zoom: int = 1,
     zoom_windows: int = 8,
+    magnification: float | None = None,
 ) -> TwoStageSuperpixelModel:
     """Build a published variant.
 
@@ -112,13 +115,16 @@ def two_stage_superpixel_model(
         zoom: Of ``"default"``: pixels of the image to one of those that stage one sees; stage two looks closer, see
             :class:`~anomalib_twostage.model.zoom.ZoomedTwoStageModel`. 1 shows both the same.
         zoom_windows: Windows of an image that stage two looks at, at most, if there is a zoom.
+        magnification: Of ``"default"``: how many times as large the backbone sees images, or, with a zoom, the reduced
+            ones. ``None`` takes 1.5, or 1 with a zoom. Other variants have none.
 
     Returns:
         The model with fresh weights.
 
     Raises:
         ValueError: If the variant, the gate or the backbone is unknown, the smoothing or the number of neighbours
-            negative, or the zoom not a whole number from 1 to 16, or above 1 without a backbone.
+            negative, the zoom not a whole number from 1 to 16, or above 1 without a backbone, or the magnification
+            below 1, or above 1 without a backbone.
     """
     shape = VARIANTS[variant_of(variant, backbone)]
     gate = gate or shape.gate
@@ -129,9 +135,14 @@ def two_stage_superpixel_model(
     if zoom != 1 and not shape.features:
         msg = f"zoom={zoom} needs variant 'default' with a backbone: the others have nothing to look closer with."
         raise ValueError(msg)
+    if not shape.features and magnification not in (None, 1):
+        msg = f"magnification={magnification} needs variant 'default' with a backbone: resize to larger images instead."
+        raise ValueError(msg)
     if shape.features:
         assert backbone is not None
-        features = FeatureTemplate(Backbone(backbone), template, place_deviation)
+        if magnification is None:
+            magnification = shape.magnification if zoom == 1 else 1.0
+        features = FeatureTemplate(Backbone(backbone), template, place_deviation, magnification=magnification)
         maps = 2 + template * (1 if zoom == 1 else 2)
         return (FeatureTwoStageModel if zoom == 1 else partial(ZoomedTwoStageModel, zoom=zoom, windows=zoom_windows))(
             stage_one=Decoder(features.channels, shape.widths[:-1], stride=4),

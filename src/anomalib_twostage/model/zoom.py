@@ -220,11 +220,10 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
             windows of each image: one with paint in it, if there is any, and one where stage one is most mistaken.
         """
         if self.stage == 1:
-            logits = self.stage_one(*self.template(images, numbers).levels)
-            return logits[..., : images.shape[-2], : images.shape[-1]], mask
+            return self.stage_one_logits(images, self.template(images, numbers)), mask
         seen = self.seen(images, numbers)
         assert seen.reduced is not None
-        logits = imitate_faults(self.stage_one(*seen.levels).float())
+        logits = imitate_faults(self.stage_one_logits(images, seen).float())
         told = _told(self._to_superpixels(seen.reduced, logits), seen)
         windows = self._to_learn_from(told, functional.max_pool2d(mask, self.zoom, ceil_mode=True))
         own = None if numbers is None else numbers[windows.image]

@@ -42,6 +42,9 @@ def main() -> None:
         "--zoom", type=int, default=3, help="also how much 'reduced' is reduced (default: %(default)s)"
     )
     options.add_argument("--zoom_windows", type=int, default=8, help="changes no training (default: %(default)s)")
+    options.add_argument(
+        "--magnification", type=float, default=1.0, help="of what stage one sees (default: %(default)s)"
+    )
     options.add_argument("--max_steps", type=int, default=600)
     options.add_argument("--precision", default="32-true", help="bf16-mixed where the processor has it")
     options.add_argument("--accelerator", default="cpu")
@@ -53,15 +56,17 @@ def main() -> None:
         for seed in arguments.seeds:
             for category in arguments.categories:
                 for kind in arguments.kinds:
-                    key = RunKey(label(kind, arguments.zoom, arguments.zoom_windows), category, seed)
+                    key = RunKey(label(kind, arguments), category, seed)
                     if table.run(key) is None:
                         print(key, flush=True)
                         table.add(train_and_measure(key, kind, arguments))
 
 
-def label(kind: str, zoom: int, windows: int) -> str:
-    zoomed = f"zoom {zoom}" if windows == 8 else f"zoom {zoom}, {windows} windows"
-    return {"reduced": f"reduced by {zoom}", "zoom": zoomed, "outright": "outright"}[kind]
+def label(kind: str, arguments: argparse.Namespace) -> str:
+    zoom, windows, magnification = arguments.zoom, arguments.zoom_windows, arguments.magnification
+    name = {"reduced": f"reduced by {zoom}", "zoom": f"zoom {zoom}", "outright": "outright"}[kind]
+    name += "" if magnification == 1 else f", magnified by {magnification:g}"
+    return name + (f", {windows} windows" if kind == "zoom" and windows != 8 else "")
 
 
 def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -72,8 +77,15 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
     pre_processor = TwoStageSuperpixel.configure_pre_processor((-(-height // side), -(-width // side)))
     zoom = arguments.zoom if kind == "zoom" else 1
     seed_everything(key.seed)
-    model = TwoStageSuperpixel(zoom=zoom, pre_processor=pre_processor, visualizer=False, evaluator=False)
-    weights = arguments.out.with_suffix("") / f"{kind}-{key.category}-{key.seed}.pt"
+    model = TwoStageSuperpixel(
+        zoom=zoom,
+        magnification=arguments.magnification,
+        pre_processor=pre_processor,
+        visualizer=False,
+        evaluator=False,
+    )
+    magnified = "" if arguments.magnification == 1 else f"-{arguments.magnification:g}"
+    weights = arguments.out.with_suffix("") / f"{kind}{magnified}-{key.category}-{key.seed}.pt"
     kept = torch.load(weights, weights_only=True) if weights.exists() else {}
     if kept.get("steps") == arguments.max_steps:
         model.load_state_dict(kept["weights"])

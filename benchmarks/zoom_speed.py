@@ -75,7 +75,7 @@ def read(path: Path) -> torch.Tensor:
 def load(arguments, kind: str, size: tuple[int, int], zoom: int) -> TwoStageSuperpixel:
     """A model of :mod:`zoom`'s with its weights, or untrained."""
     pre_processor = TwoStageSuperpixel.configure_pre_processor(size)
-    module = TwoStageSuperpixel(zoom=zoom, pre_processor=pre_processor, visualizer=False).eval()
+    module = TwoStageSuperpixel(zoom=zoom, magnification=1, pre_processor=pre_processor, visualizer=False).eval()
     weights = arguments.weights / f"{kind}-{arguments.category}-0.pt"
     if weights.exists() or zoom > 1:  # how much a zoom looks at depends on its training
         module.load_state_dict(torch.load(weights, weights_only=True)["weights"])

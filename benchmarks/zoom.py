@@ -43,7 +43,7 @@ def main() -> None:
     )
     options.add_argument("--zoom_windows", type=int, default=8, help="changes no training (default: %(default)s)")
     options.add_argument(
-        "--magnification", type=float, default=1.0, help="of what stage one sees (default: %(default)s)"
+        "--magnification", type=float, default=1.5, help="of what stage one sees (default: %(default)s)"
     )
     options.add_argument("--max_steps", type=int, default=600)
     options.add_argument("--precision", default="32-true", help="bf16-mixed where the processor has it")
@@ -65,7 +65,8 @@ def main() -> None:
 def label(kind: str, arguments: argparse.Namespace) -> str:
     zoom, windows, magnification = arguments.zoom, arguments.zoom_windows, arguments.magnification
     name = {"reduced": f"reduced by {zoom}", "zoom": f"zoom {zoom}", "outright": "outright"}[kind]
-    name += "" if magnification == 1 else f", magnified by {magnification:g}"
+    if magnification != 1.5:
+        name += ", not magnified" if magnification == 1 else f", magnified by {magnification:g}"
     return name + (f", {windows} windows" if kind == "zoom" and windows != 8 else "")
 
 
@@ -84,8 +85,8 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
         visualizer=False,
         evaluator=False,
     )
-    magnified = "" if arguments.magnification == 1 else f"-{arguments.magnification:g}"
-    weights = arguments.out.with_suffix("") / f"{kind}{magnified}-{key.category}-{key.seed}.pt"
+    magnified = f"{kind}-{arguments.magnification:g}"
+    weights = arguments.out.with_suffix("") / f"{magnified}-{key.category}-{key.seed}.pt"
     kept = torch.load(weights, weights_only=True) if weights.exists() else {}
     if kept.get("steps") == arguments.max_steps:
         model.load_state_dict(kept["weights"])

@@ -43,13 +43,13 @@ def main() -> None:
     report.line(f"{arguments.category}, {size[1]} x {size[0]} pixels, {arguments.runtime}.")
     with tempfile.TemporaryDirectory() as folder:
         models = {
-            name: (runner(load(arguments, kind, at, by), at, arguments, Path(folder) / str(number)), at)
-            for number, (name, kind, at, by) in enumerate(
+            name: (runner(load(arguments, kind, at, by, magnified), at, arguments, Path(folder) / str(number)), at)
+            for number, (name, kind, at, by, magnified) in enumerate(
                 [
-                    (f"reduced to {small[1]} x {small[0]}", "reduced", small, 1),
-                    (f"zoom {zoom}", "zoom", size, zoom),
-                    ("outright", "outright", size, 1),
-                    (f"twice the side, zoom {2 * zoom}", "zoom", twice, 2 * zoom),
+                    (f"reduced to {small[1]} x {small[0]}", "reduced", small, 1, 1.5),
+                    (f"zoom {zoom}", "zoom", size, zoom, 1.5),
+                    ("outright, not magnified", "outright", size, 1, 1.0),
+                    (f"twice the side, zoom {2 * zoom}", "zoom", twice, 2 * zoom, 1.5),
                 ]
             )
         }
@@ -64,7 +64,7 @@ def main() -> None:
                 for name, seconds in interleave(functions, arguments.rounds).items():
                     times[name].append(statistics.median(seconds))
             for name, values in times.items():
-                shares = (paired_ratio(values, times[other]) for other in ("outright", f"zoom {zoom}"))
+                shares = (paired_ratio(values, times[other]) for other in ("outright, not magnified", f"zoom {zoom}"))
                 report.row(kind, name, statistics.median(values), *shares)
 
 
@@ -72,11 +72,13 @@ def read(path: Path) -> torch.Tensor:
     return read_image(str(path), ImageReadMode.RGB).unsqueeze(0).float() / 255
 
 
-def load(arguments, kind: str, size: tuple[int, int], zoom: int) -> TwoStageSuperpixel:
+def load(arguments, kind: str, size: tuple[int, int], zoom: int, magnification: float) -> TwoStageSuperpixel:
     """A model of :mod:`zoom`'s with its weights, or untrained."""
     pre_processor = TwoStageSuperpixel.configure_pre_processor(size)
-    module = TwoStageSuperpixel(zoom=zoom, magnification=1, pre_processor=pre_processor, visualizer=False).eval()
-    weights = arguments.weights / f"{kind}-{arguments.category}-0.pt"
+    module = TwoStageSuperpixel(
+        zoom=zoom, magnification=magnification, pre_processor=pre_processor, visualizer=False
+    ).eval()
+    weights = arguments.weights / f"{kind}-{magnification:g}-{arguments.category}-0.pt"
     if weights.exists() or zoom > 1:  # how much a zoom looks at depends on its training
         module.load_state_dict(torch.load(weights, weights_only=True)["weights"])
         if zoom > 1:

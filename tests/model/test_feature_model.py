@@ -275,10 +275,10 @@ def test_maps_and_logits_of_magnified_images_lie_where_the_images_do() -> None:
     torch.testing.assert_close(logits.sigmoid(), stages.stage_one_map)
 
 
-def test_the_default_magnifies_unless_it_zooms() -> None:
-    assert two_stage_superpixel_model("default").template.magnification == 1.5
-    assert two_stage_superpixel_model("default", zoom=2).template.magnification == 1
-    assert two_stage_superpixel_model("default", zoom=2, magnification=2).template.magnification == 2
+@pytest.mark.parametrize("zoom", [1, 2])
+def test_the_default_magnifies(zoom: int) -> None:
+    assert two_stage_superpixel_model("default", zoom=zoom).template.magnification == 1.5
+    assert two_stage_superpixel_model("default", zoom=zoom, magnification=2).template.magnification == 2
 
 
 def test_weights_from_before_there_was_a_magnification_have_none(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,7 +119,7 @@ def test_where_nothing_is_suspicious_stage_one_has_the_word(
     with torch.no_grad():
         stages = zoomed.stages(image)
         seen = zoomed.seen(image)
-    base = zoomed.smooth(zoomed.weigh(torch.sigmoid(zoomed.stage_one(*seen.levels))[..., :101, :145], seen.distance))
+    base = zoomed.smooth(zoomed.weigh(zoomed.stage_one_logits(image, seen).sigmoid(), seen.distance))
     assert not stages.looked.any()
     large = torch.nn.functional.interpolate(base, scale_factor=2, mode="bilinear")[..., :HEIGHT, :WIDTH]
     torch.testing.assert_close(stages.anomaly_map, large, atol=1e-3, rtol=0)

@@ -87,8 +87,8 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         zoom: Of ``"default"``: a whole number from 1 to 16, by how much stage one's image is reduced. The default
             pre-processor then resizes to that many times 256 x 256, and stage two looks at windows of that.
         zoom_windows: Windows of an image that stage two looks at, at most.
-        magnification: Of ``"default"``: how many times as large the backbone sees images, 1 or more. Time grows with
-            its square; ``None`` takes 1.5, or 1 with a zoom, whose windows are a closer look already.
+        magnification: Of ``"default"``: how many times as large the backbone sees images, or, with a zoom, the reduced
+            ones, 1 or more. Time grows with its square; ``None`` takes 1.5.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -37,7 +37,7 @@ class Variant:
         template: Whether there is a golden template.
         segment_size: Side of a superpixel in pixels.
         smoothing: Standard deviation of the Gaussian that smooths the final map, as a share of the segment size.
-        magnification: How many times as large a backbone sees images that are not zoomed.
+        magnification: How many times as large a backbone sees images.
     """
 
     widths: tuple[int, ...]
@@ -116,7 +116,7 @@ def two_stage_superpixel_model(
             :class:`~anomalib_twostage.model.zoom.ZoomedTwoStageModel`. 1 shows both the same.
         zoom_windows: Windows of an image that stage two looks at, at most, if there is a zoom.
         magnification: Of ``"default"``: how many times as large the backbone sees images, or, with a zoom, the reduced
-            ones. ``None`` takes 1.5, or 1 with a zoom. Other variants have none.
+            ones. ``None`` takes 1.5. Other variants have none.
 
     Returns:
         The model with fresh weights.
@@ -140,8 +140,7 @@ def two_stage_superpixel_model(
         raise ValueError(msg)
     if shape.features:
         assert backbone is not None
-        if magnification is None:
-            magnification = shape.magnification if zoom == 1 else 1.0
+        magnification = shape.magnification if magnification is None else magnification
         features = FeatureTemplate(Backbone(backbone), template, place_deviation, magnification=magnification)
         maps = 2 + template * (1 if zoom == 1 else 2)
         return (FeatureTwoStageModel if zoom == 1 else partial(ZoomedTwoStageModel, zoom=zoom, windows=zoom_windows))(

@@ -43,7 +43,7 @@ def main() -> None:
         )
         before: tuple[float, float] | None = None
         for side, (time, memory) in zip(SIDES, json.loads(result.stdout.splitlines()[-1]), strict=True):
-            growth = (time / before[0], memory / before[1]) if before else ("", "")
+            growth = (time / before[0], memory / before[1] if before[1] else "") if before else ("", "")
             report.row(question, f"{side} x {side}", time, growth[0], memory, growth[1])
             before = (time, memory)
 

@@ -47,7 +47,7 @@ def measured(root: Path, scales: list[float], patches: int) -> dict[str, dict[st
     """Metrics of a category by what its distance is of."""
     data = folder(root)
     data.setup()
-    model = two_stage_superpixel_model(magnification=1).eval()
+    model = two_stage_superpixel_model().eval()
     templates = {scale: FeatureTemplate(model.template.backbone, place=False, size=patches) for scale in (1.0, *scales)}
     for scale, template in templates.items():
         good = (enlarged(item.image.unsqueeze(0), scale)[0] for item in data.train_data)

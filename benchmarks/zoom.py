@@ -28,8 +28,10 @@ from torch.nn import functional
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.benchmark.table import FINAL, ResultsTable, RunKey
+from anomalib_twostage.model.variants import VARIANTS
 
 KINDS = ("reduced", "zoom", "outright")
+MAGNIFICATION = VARIANTS["default"].magnification
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     )
     options.add_argument("--zoom_windows", type=int, default=8, help="changes no training (default: %(default)s)")
     options.add_argument(
-        "--magnification", type=float, default=1.5, help="of what stage one sees (default: %(default)s)"
+        "--magnification", type=float, default=MAGNIFICATION, help="of what stage one sees (default: %(default)s)"
     )
     options.add_argument("--max_steps", type=int, default=600)
     options.add_argument("--precision", default="32-true", help="bf16-mixed where the processor has it")
@@ -65,9 +67,13 @@ def main() -> None:
 def label(kind: str, arguments: argparse.Namespace) -> str:
     zoom, windows, magnification = arguments.zoom, arguments.zoom_windows, arguments.magnification
     name = {"reduced": f"reduced by {zoom}", "zoom": f"zoom {zoom}", "outright": "outright"}[kind]
-    if magnification != 1.5:
+    if magnification != MAGNIFICATION:
         name += ", not magnified" if magnification == 1 else f", magnified by {magnification:g}"
     return name + (f", {windows} windows" if kind == "zoom" and windows != 8 else "")
+
+
+def weights_file(folder: Path, kind: str, magnification: float, category: str, seed: int) -> Path:
+    return folder / f"{kind}-{magnification:g}-{category}-{seed}.pt"
 
 
 def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -85,8 +91,7 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
         visualizer=False,
         evaluator=False,
     )
-    magnified = f"{kind}-{arguments.magnification:g}"
-    weights = arguments.out.with_suffix("") / f"{magnified}-{key.category}-{key.seed}.pt"
+    weights = weights_file(arguments.out.with_suffix(""), kind, arguments.magnification, key.category, key.seed)
     kept = torch.load(weights, weights_only=True) if weights.exists() else {}
     if kept.get("steps") == arguments.max_steps:
         model.load_state_dict(kept["weights"])

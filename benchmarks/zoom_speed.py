@@ -20,8 +20,11 @@ from _models import fill_template
 from _timing import Report, interleave, paired_ratio, parse, parser
 from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms.v2.functional import resize
+from zoom import MAGNIFICATION, weights_file
 
 from anomalib_twostage import TwoStageSuperpixel
+
+OUTRIGHT = "outright, not magnified"  # the cheaper way, and the one that was trained
 
 
 def main() -> None:
@@ -46,10 +49,10 @@ def main() -> None:
             name: (runner(load(arguments, kind, at, by, magnified), at, arguments, Path(folder) / str(number)), at)
             for number, (name, kind, at, by, magnified) in enumerate(
                 [
-                    (f"reduced to {small[1]} x {small[0]}", "reduced", small, 1, 1.5),
-                    (f"zoom {zoom}", "zoom", size, zoom, 1.5),
-                    ("outright, not magnified", "outright", size, 1, 1.0),
-                    (f"twice the side, zoom {2 * zoom}", "zoom", twice, 2 * zoom, 1.5),
+                    (f"reduced to {small[1]} x {small[0]}", "reduced", small, 1, MAGNIFICATION),
+                    (f"zoom {zoom}", "zoom", size, zoom, MAGNIFICATION),
+                    (OUTRIGHT, "outright", size, 1, 1.0),
+                    (f"twice the side, zoom {2 * zoom}", "zoom", twice, 2 * zoom, MAGNIFICATION),
                 ]
             )
         }
@@ -64,7 +67,7 @@ def main() -> None:
                 for name, seconds in interleave(functions, arguments.rounds).items():
                     times[name].append(statistics.median(seconds))
             for name, values in times.items():
-                shares = (paired_ratio(values, times[other]) for other in ("outright, not magnified", f"zoom {zoom}"))
+                shares = (paired_ratio(values, times[other]) for other in (OUTRIGHT, f"zoom {zoom}"))
                 report.row(kind, name, statistics.median(values), *shares)
 
 
@@ -78,7 +81,7 @@ def load(arguments, kind: str, size: tuple[int, int], zoom: int, magnification: 
     module = TwoStageSuperpixel(
         zoom=zoom, magnification=magnification, pre_processor=pre_processor, visualizer=False
     ).eval()
-    weights = arguments.weights / f"{kind}-{magnification:g}-{arguments.category}-0.pt"
+    weights = weights_file(arguments.weights, kind, magnification, arguments.category, seed=0)
     if weights.exists() or zoom > 1:  # how much a zoom looks at depends on its training
         module.load_state_dict(torch.load(weights, weights_only=True)["weights"])
         if zoom > 1:

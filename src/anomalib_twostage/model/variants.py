@@ -132,15 +132,15 @@ def two_stage_superpixel_model(
     segment_size = shape.segment_size if segment_size is None else segment_size
     slic, refiner = Slic(segment_size, compactness), SuperpixelRefiner(shape.threshold)
     smoothing = shape.smoothing * segment_size if smoothing is None else smoothing
+    magnification = shape.magnification if magnification is None else magnification
     if zoom != 1 and not shape.features:
         msg = f"zoom={zoom} needs variant 'default' with a backbone: the others have nothing to look closer with."
         raise ValueError(msg)
-    if not shape.features and magnification not in (None, 1):
+    if magnification != 1 and not shape.features:
         msg = f"magnification={magnification} needs variant 'default' with a backbone: resize to larger images instead."
         raise ValueError(msg)
     if shape.features:
         assert backbone is not None
-        magnification = shape.magnification if magnification is None else magnification
         features = FeatureTemplate(Backbone(backbone), template, place_deviation, magnification=magnification)
         maps = 2 + template * (1 if zoom == 1 else 2)
         return (FeatureTwoStageModel if zoom == 1 else partial(ZoomedTwoStageModel, zoom=zoom, windows=zoom_windows))(

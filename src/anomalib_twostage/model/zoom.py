@@ -133,11 +133,11 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
     """Stage one on the reduced image; stage two at full resolution, in the windows that look most suspicious.
 
     Backbone, template, stage one and SLIC work on means over ``zoom x zoom`` pixels, which the template may magnify
-    again: what is thin is more easily suspected so. Suspicious is what lies in a
-    selected superpixel or is far from the good images. The windows with the highest of it, ``windows`` at most, are cut
-    out of the image itself. There a second template, of windows of good images, says how far they are from those, and
-    stage two sees that, the pixels, and what stage one has said, enlarged. In a window ``D`` is the mean of both
-    distances; that map is written over stage one's. Everywhere the map is ``D (1 + M / 2) / 2``.
+    again: what is thin is more easily suspected so. Suspicious is what lies in a selected superpixel or is far from the
+    good images. The windows with the highest of it, ``windows`` at most, are cut out of the image itself. There a
+    second template, of windows of good images, says how far they are from those, and stage two sees that, the pixels,
+    and what stage one has said, enlarged. In a window ``D`` is the mean of both distances; that map is written over
+    stage one's. Everywhere the map is ``D (1 + M / 2) / 2``.
 
     Args:
         zoom: Pixels of the image to one of the reduced image, 2 to 16.

@@ -242,7 +242,7 @@ def _halved(level: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_distance(found: list[torch.Tensor]) -> torch.Tensor:
-    """Mean of the distances ``(B, 1, h, w)`` of three levels, finest first, and of their means: as large as the middle."""
+    """Mean of the distances ``(B, 1, h, w)`` of three levels, finest first, and of their means, at middle size."""
     levels = found[:_LEVELS]
     for number, wider in enumerate(found[_LEVELS:]):
         height, width = levels[number].shape[-2:]

@@ -16,9 +16,8 @@ from .random import choose, log_uniform, uniform
 
 __all__ = ["draw_kinds", "mix_paint", "move", "tint"]
 
-# Shares of: the image itself, blurred or sharpened; training images, moved; photographs; procedural textures. Moved
-# parts of good images are the likest to real defects: the right material in the wrong place.
-_SHARES = (0.25, 0.5, 0.125, 0.125)
+# Shares of: the image itself, blurred or sharpened; training images, moved; photographs; procedural textures.
+_SHARES = (0.25, 0.25, 0.25, 0.25)
 _OWN, _MOVED, _PHOTOGRAPH = range(3)
 
 

@@ -116,6 +116,13 @@ def test_weights_from_before_there_were_memories_of_means_have_none() -> None:
             assert torch.equal(level, expected)
 
 
+@pytest.mark.parametrize(("arguments", "count"), [({}, 6), ({"zoom": 2}, 3), ({"template": False}, 0)])
+def test_who_looks_for_small_defects_has_no_memories_of_means(arguments: dict[str, Any], count: int) -> None:
+    model = two_stage_superpixel_model("default", **arguments)
+    templates = [model.template, *([model.close_template] if "zoom" in arguments else [])]
+    assert [len(template.memories) for template in templates] == [count] * len(templates)
+
+
 def test_images_of_any_number_and_size_are_remembered_in_bounds() -> None:
     template = FeatureTemplate(Backbone(), size=50)
     template.fit(image for side in (64, 96) for image in good_images(9, side))

@@ -33,7 +33,7 @@ class FeatureTemplate(nn.Module):
     """What is different about an image: its features against those of the good images.
 
     There is a memory of patches at stride 16, one at stride 8, and one of the features of stride 4 averaged to stride
-    8; and one more of each of these, of means over 2 x 2 of its places. The networks see how features differ from the
+    8; and, with ``means``, one more of each of these, of means over 2 x 2 of its places. The networks see how features differ from the
     nearest patches of the first three. The mean of the calibrated distances of all six is the image's distance map:
     each errs elsewhere, and what is off as a whole, as a part that is bent, shows in the wider ones.
 
@@ -45,6 +45,8 @@ class FeatureTemplate(nn.Module):
         magnification: How many times as high and wide the backbone sees images, 1 or more: what is thinner than the
             finest features' stride of 4 pixels gets features of its own. All that is said of strides is of what the
             backbone sees.
+        means: Whether there are memories of means over 2 x 2 places. They tell what is off as a whole; defects of a few
+            pixels drown in them.
 
     Raises:
         ValueError: If ``magnification`` is below 1.
@@ -66,6 +68,7 @@ class FeatureTemplate(nn.Module):
         place: bool = True,
         size: int = 2048,
         magnification: float = 1.0,
+        means: bool = True,
     ) -> None:
         super().__init__()
         if not 1 <= magnification < math.inf:
@@ -74,9 +77,10 @@ class FeatureTemplate(nn.Module):
         self.backbone = backbone
         self.magnification = magnification
         statistics = [PlaceStatistics(channels, place) for channels in backbone.channels]
-        if memory:
+        memories = [PatchMemory(channels, size) for channels in backbone.channels if memory]
+        if memory and means:
             statistics += [PlaceStatistics(channels, place=False) for channels in backbone.channels]
-        memories = [PatchMemory(channels, size) for channels in 2 * backbone.channels if memory]
+            memories += [PatchMemory(channels, size) for channels in backbone.channels]
         self.statistics = nn.ModuleList(statistics)  # type: ignore[assignment]
         self.memories = nn.ModuleList(memories)  # type: ignore[assignment]
 
@@ -151,7 +155,7 @@ class FeatureTemplate(nn.Module):
             return Seen((at_16, torch.cat(at_8, dim=1), finest), (distance / 2).tanh())
 
     def _levels(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What there are statistics of: three levels, finest first, and with memories their means over 2 x 2 places."""
+        """What there are statistics of: three levels, finest first, and perhaps their means over 2 x 2 places."""
         levels = _pooled(features)
         return levels + [_halved(level) for level in levels] if len(self.statistics) > _LEVELS else levels
 

@@ -159,7 +159,9 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
             raise ValueError(msg)
         self.zoom = zoom
         self.windows = windows
-        self.close_template = FeatureTemplate(self.template.backbone, bool(self.template.memories), place=False)
+        self.close_template = FeatureTemplate(
+            self.template.backbone, bool(self.template.memories), place=False, means=False
+        )
         self.judged, self.crowded = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
     def remember(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:

@@ -33,9 +33,9 @@ class FeatureTemplate(nn.Module):
     """What is different about an image: its features against those of the good images.
 
     There is a memory of patches at stride 16, one at stride 8, and one of the features of stride 4 averaged to stride
-    8; and, with ``means``, one more of each of these, of means over 2 x 2 of its places. The networks see how features differ from the
-    nearest patches of the first three. The mean of the calibrated distances of all six is the image's distance map:
-    each errs elsewhere, and what is off as a whole, as a part that is bent, shows in the wider ones.
+    8; and, with ``means``, one more of each of these, of means over 2 x 2 of its places. The networks see how features
+    differ from the nearest patches of the first three. The mean of the calibrated distances of all is the image's
+    distance map: each errs elsewhere, and what is off as a whole, as a part that is bent, shows in the wider ones.
 
     Args:
         backbone: Where features come from.

@@ -159,9 +159,7 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
             raise ValueError(msg)
         self.zoom = zoom
         self.windows = windows
-        self.close_template = FeatureTemplate(
-            self.template.backbone, bool(self.template.memories), place=False, means=False
-        )
+        self.close_template = FeatureTemplate(self.template.backbone, bool(self.template.memories), place=False)
         self.judged, self.crowded = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
     def remember(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:

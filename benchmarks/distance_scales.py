@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory's distance alone, untrained, of images as they are and enlarged, and the mean of both.
+"""The memory's distance alone, untrained: of images as they are and enlarged, of three levels and of their means too.
 
     python benchmarks/distance_scales.py --root path/to/MVTecAD --categories bottle grid screw > table.md
 
@@ -7,6 +7,7 @@ Each category is a folder as in MVTec AD. Enlarged images have a memory of their
 """
 
 import argparse
+import copy
 from collections import defaultdict
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--root", type=Path, required=True, help="folder of the categories")
     options.add_argument("--categories", nargs="+", required=True)
-    options.add_argument("--scales", nargs="+", type=float, default=[1.25, 1.5, 2.0], help="beside 1")
+    options.add_argument("--scales", nargs="+", type=float, default=[1.5], help="beside 1")
     options.add_argument("--patches", type=int, default=2048, help="of each memory (default: %(default)s)")
     options.add_argument("--threads", type=int, default=2)
     arguments = options.parse_args()
@@ -52,20 +53,29 @@ def measured(root: Path, scales: list[float], patches: int) -> dict[str, dict[st
     for scale, template in templates.items():
         good = (enlarged(item.image.unsqueeze(0), scale)[0] for item in data.train_data)
         template.fit((image, number) for number, image in enumerate(tqdm(good, f"{root.name}, {scale:g} times")))
+    narrow = {scale: without_means(template) for scale, template in templates.items()}
     curves: dict[str, BinnedCurves] = defaultdict(BinnedCurves)
     for batch in tqdm(data.test_dataloader(), root.name):
         size = batch.image.shape[-2:]
-        distances = {
-            scale: resized(own(enlarged(batch.image, scale)).distance, size) for scale, own in templates.items()
-        }
-        maps = {"as they are": distances[1.0]}
-        for scale in scales:
-            maps[f"{scale:g} times"] = distances[scale]
-            maps[f"mean of both, {scale:g} times"] = (distances[1.0] + distances[scale]) / 2
-        for name, values in maps.items():
-            smooth = model.smooth(values)
-            curves[name].add(smooth.squeeze(1), batch.gt_mask, model.score(smooth))
+        for kind, asked in (("three levels", narrow), ("and means", templates)):
+            distances = {
+                scale: resized(own(enlarged(batch.image, scale)).distance, size) for scale, own in asked.items()
+            }
+            maps = {f"as they are, {kind}": distances[1.0]}
+            for scale in scales:
+                maps[f"{scale:g} times, {kind}"] = distances[scale]
+                maps[f"mean of both, {scale:g} times, {kind}"] = (distances[1.0] + distances[scale]) / 2
+            for name, values in maps.items():
+                smooth = model.smooth(values)
+                curves[name].add(smooth.squeeze(1), batch.gt_mask, model.score(smooth))
     return {name: curve.compute() for name, curve in curves.items()}
+
+
+def without_means(template: FeatureTemplate) -> FeatureTemplate:
+    """The same without the memories of means over 2 x 2 places."""
+    narrow = copy.deepcopy(template)
+    del narrow.statistics[3:], narrow.memories[3:]
+    return narrow
 
 
 def enlarged(images: torch.Tensor, scale: float) -> torch.Tensor:

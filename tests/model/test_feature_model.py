@@ -75,10 +75,58 @@ def test_the_same_images_give_the_same_memory_whatever_the_random_state(remember
         assert torch.equal(value, other.state_dict()[name]), name
 
 
+def mean_distance(template: FeatureTemplate, images: torch.Tensor, count: int) -> torch.Tensor:
+    """The distance map as it is said to come about, of three levels and, if there are six, their means."""
+    fine, middle, coarse = template.backbone(images)
+    levels = [functional.avg_pool2d(fine, 2), middle, coarse]
+    levels = (levels + [functional.avg_pool2d(level, 2) for level in levels])[:count]
+    size = middle.shape[-2:]
+    distances = []
+    for level, statistics, memory in zip(levels, template.statistics, template.memories, strict=True):
+        distance = memory((level - statistics.middle) / statistics.spread).distance
+        while distance.shape[-1] < size[-1]:
+            distance = functional.interpolate(distance, scale_factor=2.0, mode="bilinear")
+        distances.append(distance)
+    return functional.interpolate(sum(distances) / count / 2, images.shape[-2:], mode="bilinear").tanh()
+
+
+def test_the_distance_map_is_the_mean_of_six_distances() -> None:
+    template = FeatureTemplate(Backbone()).eval()
+    template.fit(good_images())
+    images = torch.rand(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        found = template(images).distance
+        expected = mean_distance(template, images, 6)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+
+
+def test_weights_from_before_there_were_memories_of_means_have_none() -> None:
+    trained = FeatureTemplate(Backbone()).eval()
+    trained.fit(good_images())
+    weights = trained.state_dict()
+    of_means = [f"{part}.{number}." for part in ("statistics", "memories") for number in (3, 4, 5)]
+    earlier = {name: value for name, value in weights.items() if not name.startswith(tuple(of_means))}
+    assert len(earlier) == len(weights) - 3 * (3 + 3)
+    template = FeatureTemplate(Backbone()).eval()
+    template.load_state_dict(earlier)
+    images = torch.rand(1, 3, SIDE, SIDE)
+    with torch.no_grad():
+        torch.testing.assert_close(template(images).distance, mean_distance(template, images, 3), atol=2e-3, rtol=0)
+        for level, expected in zip(template(images).levels, trained(images).levels, strict=True):
+            assert torch.equal(level, expected)
+
+
+@pytest.mark.parametrize(("arguments", "count"), [({}, 6), ({"zoom": 2}, 3), ({"template": False}, 0)])
+def test_who_looks_for_small_defects_has_no_memories_of_means(arguments: dict[str, Any], count: int) -> None:
+    model = two_stage_superpixel_model("default", **arguments)
+    templates = [model.template, *([model.close_template] if "zoom" in arguments else [])]
+    assert [len(template.memories) for template in templates] == [count] * len(templates)
+
+
 def test_images_of_any_number_and_size_are_remembered_in_bounds() -> None:
     template = FeatureTemplate(Backbone(), size=50)
     template.fit(image for side in (64, 96) for image in good_images(9, side))
-    assert [len(memory.patches) for memory in template.memories] == [50, 50, 50]
+    assert [len(memory.patches) for memory in template.memories] == [50] * 6
     assert template.statistics[1].mean.shape[-2:] == (8, 8)
     assert template(torch.rand(1, 3, 80, 70)).distance.shape == (1, 1, 80, 70)
 
@@ -130,7 +178,7 @@ def test_what_no_paint_resembles_keeps_its_rank(remembered: FeatureTwoStageModel
             network.head.bias.fill_(-10.0)
         images = with_a_spot(next(good_images())[0]).unsqueeze(0)
         maps = model.stages(images)
-    torch.testing.assert_close(maps.anomaly_map, model.smooth(maps.distance) / 2, atol=1e-4, rtol=0)
+    torch.testing.assert_close(maps.anomaly_map, 2 * model.smooth(maps.distance) / 3, atol=1e-4, rtol=0)
 
 
 def test_the_map_is_the_distance_weighed_by_what_the_stages_say(remembered: FeatureTwoStageModel) -> None:
@@ -142,9 +190,9 @@ def test_the_map_is_the_distance_weighed_by_what_the_stages_say(remembered: Feat
     assert maps.stage_two_logits is not None
     second = maps.stage_two_logits.sigmoid() * maps.selected
     trained = ((maps.stage_one_map + maps.pooled_map) / 2 + second) / 2
-    torch.testing.assert_close(maps.fused_map, maps.distance * (1 + trained) / 2)
+    torch.testing.assert_close(maps.fused_map, maps.distance * (2 + trained) / 3)
     first = (maps.stage_one_map + maps.pooled_map) / 2
-    torch.testing.assert_close(model.without_stage_two(maps), maps.distance * (1 + first) / 2)
+    torch.testing.assert_close(model.without_stage_two(maps), maps.distance * (2 + first) / 3)
 
 
 def test_stage_two_looks_at_single_pixels(remembered: FeatureTwoStageModel) -> None:

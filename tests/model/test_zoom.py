@@ -155,8 +155,8 @@ def test_where_it_did_not_look_closer_the_map_is_stage_ones(zoomed: ZoomedTwoSta
     assert (stages.anomaly_map[inside] != before[inside]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("bias", "weight"), [(-20.0, 0.5), (20.0, 0.75)])
-def test_in_a_window_the_distances_weigh_twice_what_the_stages_say(
+@pytest.mark.parametrize(("bias", "weight"), [(-20.0, 2 / 3), (20.0, 1.0)])
+def test_in_a_window_the_mean_of_the_distances_weighs_like_one_elsewhere(
     zoomed: ZoomedTwoStageModel, bias: float, weight: float
 ) -> None:
     model = copy.deepcopy(zoomed)

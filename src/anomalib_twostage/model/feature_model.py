@@ -8,6 +8,7 @@ final map, beside what the stages have learned: what no paint resembles keeps it
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ __all__ = ["FeatureTemplate", "FeatureTwoStageModel", "with_detail"]
 
 _BATCH = 8
 _PER_IMAGE = 1024  # patches that a memory looks at, so that large images stay within bounds
+_LEVELS = 3
 _FURTHEST = 3.0  # of distances as the networks see them; the distance map knows no limit
 
 
@@ -31,7 +33,9 @@ class FeatureTemplate(nn.Module):
     """What is different about an image: its features against those of the good images.
 
     There is a memory of patches at stride 16, one at stride 8, and one of the features of stride 4 averaged to stride
-    8. The mean of their calibrated distances is the image's distance map.
+    8; and, with ``means``, one more of each of these, of means over 2 x 2 of its places. The networks see how features
+    differ from the nearest patches of the first three. The mean of the calibrated distances of all is the image's
+    distance map: each errs elsewhere, and what is off as a whole, as a part that is bent, shows in the wider ones.
 
     Args:
         backbone: Where features come from.
@@ -41,6 +45,8 @@ class FeatureTemplate(nn.Module):
         magnification: How many times as high and wide the backbone sees images, 1 or more: what is thinner than the
             finest features' stride of 4 pixels gets features of its own. All that is said of strides is of what the
             backbone sees.
+        means: Whether there are memories of means over 2 x 2 places. They tell what is off as a whole; defects of a few
+            pixels drown in them.
 
     Raises:
         ValueError: If ``magnification`` is below 1.
@@ -62,6 +68,7 @@ class FeatureTemplate(nn.Module):
         place: bool = True,
         size: int = 2048,
         magnification: float = 1.0,
+        means: bool = True,
     ) -> None:
         super().__init__()
         if not 1 <= magnification < math.inf:
@@ -71,6 +78,9 @@ class FeatureTemplate(nn.Module):
         self.magnification = magnification
         statistics = [PlaceStatistics(channels, place) for channels in backbone.channels]
         memories = [PatchMemory(channels, size) for channels in backbone.channels if memory]
+        if memory and means:
+            statistics += [PlaceStatistics(channels, place=False) for channels in backbone.channels]
+            memories += [PatchMemory(channels, size) for channels in backbone.channels]
         self.statistics = nn.ModuleList(statistics)  # type: ignore[assignment]
         self.memories = nn.ModuleList(memories)  # type: ignore[assignment]
 
@@ -101,7 +111,7 @@ class FeatureTemplate(nn.Module):
         patches: list[list[torch.Tensor]] = [[] for _ in self.memories]
         sources: list[int] = []
         for batch, numbers in _batches(images):
-            levels = _pooled(self.backbone(self._magnified(batch.to(device))))
+            levels = self._levels(self.backbone(self._magnified(batch.to(device))))
             for own, level in zip(sums, levels, strict=True):
                 own.add(level)
             for own_patches, level in zip(patches, levels, strict=False):
@@ -131,20 +141,30 @@ class FeatureTemplate(nn.Module):
         raw = self.backbone(self._magnified(images))
         with full_precision(images.device):
             finest = self.statistics[0].deviation(self.statistics[0].scaled(raw[0]))
-            levels = [own.scaled(level) for own, level in zip(self.statistics, _pooled(raw), strict=True)]
-            places = [own.deviation(level) for own, level in zip(self.statistics, levels, strict=True)]
+            levels = [own.scaled(level) for own, level in zip(self.statistics, self._levels(raw), strict=True)]
+            places = [own.deviation(level) for own, level in zip(self.statistics[:_LEVELS], levels, strict=False)]
             if not self.memories:
                 return Seen((places[2], places[1], finest), None)
             found = [memory(level, numbers) for memory, level in zip(self.memories, levels, strict=True)]
-            fine, middle, coarse = found
-            distances = [nearest.distance.clamp_max(_FURTHEST) for nearest in found]
-            size = middle.distance.shape[-2:]
-            enlarged = functional.interpolate(coarse.distance, size, mode="bilinear", align_corners=False)
-            distance = (fine.distance + middle.distance + enlarged) / 3
+            fine, middle, coarse = found[:_LEVELS]
+            distances = [nearest.distance.clamp_max(_FURTHEST) for nearest in (fine, middle, coarse)]
+            distance = _mean_distance([nearest.distance for nearest in found])
             distance = functional.interpolate(distance, images.shape[-2:], mode="bilinear", align_corners=False)
             at_16 = torch.cat([coarse.difference, places[2], distances[2]], dim=1)
             at_8 = [middle.difference, places[1], fine.difference, places[0], distances[1], distances[0]]
             return Seen((at_16, torch.cat(at_8, dim=1), finest), (distance / 2).tanh())
+
+    def _levels(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What there are statistics of: three levels, finest first, and perhaps their means over 2 x 2 places."""
+        levels = _pooled(features)
+        return levels + [_halved(level) for level in levels] if len(self.statistics) > _LEVELS else levels
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Go without the memories of means where weights of earlier versions have none."""
+        if self.memories and f"{prefix}memories.0.patches" in state_dict:
+            known = sum(f"{prefix}memories.{number}.patches" in state_dict for number in range(len(self.memories)))
+            del self.statistics[known:], self.memories[known:]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def magnified_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of what the backbone sees of images of this height and width."""
@@ -163,7 +183,7 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
 
     Stage two sees what stage one sees and, in full resolution, the image, stage one's map, its superpixel average and
     the distance map. The stages' maps are fused as in :class:`TwoStageSuperpixelModel`; the final map is
-    ``D (1 + M) / 2`` of that map ``M`` and the distance map ``D``, smoothed.
+    ``D (2 + M) / 3`` of that map ``M`` and the distance map ``D``, smoothed.
     """
 
     template: FeatureTemplate
@@ -178,7 +198,7 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
 
     def weigh(self, trained: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
         """Give the distance its voice in a map ``(B, 1, H, W)`` in [0, 1]."""
-        return trained if distance is None else distance * (1 + trained) / 2
+        return trained if distance is None else distance * (2 + trained) / 3
 
     def _drawn(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Stage one's logits as it drew them, for images of this height and width: it drew magnified ones."""
@@ -217,7 +237,24 @@ def _pooled(levels: list[torch.Tensor]) -> list[torch.Tensor]:
     """Features at strides 4, 8 and 16 with the first averaged to stride 8."""
     fine, middle, coarse = levels
     size = middle.shape[-2:]
-    return [functional.avg_pool2d(fine, 2, ceil_mode=True)[..., : size[0], : size[1]], middle, coarse]
+    return [_halved(fine)[..., : size[0], : size[1]], middle, coarse]
+
+
+def _halved(level: torch.Tensor) -> torch.Tensor:
+    """Means of features ``(B, C, h, w)`` over 2 x 2 places; at the far edges over those that are left."""
+    return functional.avg_pool2d(level, 2, ceil_mode=True)
+
+
+def _mean_distance(found: list[torch.Tensor]) -> torch.Tensor:
+    """Mean of the distances ``(B, 1, h, w)`` of three levels, finest first, and of their means, at middle size."""
+    levels = found[:_LEVELS]
+    for number, wider in enumerate(found[_LEVELS:]):
+        height, width = levels[number].shape[-2:]
+        enlarged = functional.interpolate(wider, scale_factor=2.0, mode="bilinear", align_corners=False)
+        levels[number] = levels[number] + enlarged[..., :height, :width]
+    fine, middle, coarse = levels
+    coarse = functional.interpolate(coarse, middle.shape[-2:], mode="bilinear", align_corners=False)
+    return (fine + middle + coarse) / len(found)
 
 
 def _batches(images: Iterable[tuple[torch.Tensor, int]]) -> Iterator[tuple[torch.Tensor, list[int]]]:

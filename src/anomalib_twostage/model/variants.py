@@ -141,7 +141,9 @@ def two_stage_superpixel_model(
         raise ValueError(msg)
     if shape.features:
         assert backbone is not None
-        features = FeatureTemplate(Backbone(backbone), template, place_deviation, magnification=magnification)
+        features = FeatureTemplate(
+            Backbone(backbone), template, place_deviation, magnification=magnification, means=zoom == 1
+        )
         maps = 2 + template * (1 if zoom == 1 else 2)
         return (FeatureTwoStageModel if zoom == 1 else partial(ZoomedTwoStageModel, zoom=zoom, windows=zoom_windows))(
             stage_one=Decoder(features.channels, shape.widths[:-1], stride=4),

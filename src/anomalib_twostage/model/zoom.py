@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 _CORE = 96  # pixels of the image: what a window answers for
 _MARGIN = 32  # pixels around it: what it needs to see for that, and over which it gives way to its neighbours
 _FAR = 0.42  # about nine tenths of the distance that one good patch of a thousand exceeds
-_SAY = 0.5  # of the stages beside the distances: close up those know most, and windows must fit the map around them
 _REMEMBERED = 1600  # windows of good images that the memory is chosen from
 _LEARNED = 2  # windows of each image that stage two learns from
 _LARGEST_ZOOM = 16  # beyond, a window's core is smaller than its margins
@@ -137,7 +136,7 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
     good images. The windows with the highest of it, ``windows`` at most, are cut out of the image itself. There a
     second template, of windows of good images, says how far they are from those, and stage two sees that, the pixels,
     and what stage one has said, enlarged. In a window ``D`` is the mean of both distances; that map is written over
-    stage one's. Everywhere the map is ``D (1 + M / 2) / 2``.
+    stage one's, which it fits since everywhere the map is ``D (2 + M) / 3``.
 
     Args:
         zoom: Pixels of the image to one of the reduced image, 2 to 16.
@@ -159,7 +158,9 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
             raise ValueError(msg)
         self.zoom = zoom
         self.windows = windows
-        self.close_template = FeatureTemplate(self.template.backbone, bool(self.template.memories), place=False)
+        self.close_template = FeatureTemplate(
+            self.template.backbone, bool(self.template.memories), place=False, means=False
+        )
         self.judged, self.crowded = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
     def remember(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:
@@ -186,10 +187,6 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         """What stage one sees of images ``(B, C, H, W)``: of the reduced ones."""
         reduced = self.reduce(images)
         return self.template(reduced, numbers)._replace(reduced=reduced)
-
-    def weigh(self, trained: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
-        """Give the distance its voice in a map ``(B, 1, H, W)`` in [0, 1], a louder one than without zoom."""
-        return trained if distance is None else super().weigh(_SAY * trained, distance)
 
     def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Image scores ``(B,)`` of maps ``(B, 1, H, W)``, over windows as large as without zoom."""

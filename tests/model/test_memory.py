@@ -162,7 +162,7 @@ def test_large_tables_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     memory, _, _ = fitted()
     features, numbers = good_features(3), torch.tensor([0, 4, -7])
     whole = memory(features), memory(features, numbers)
-    monkeypatch.setattr("anomalib_twostage.model.memory._ENTRIES", 50 * len(memory.patches))
+    monkeypatch.setattr("anomalib_twostage.model.memory._ENTRIES_CPU", 50 * len(memory.patches))
     for one, other in zip(whole, (memory(features), memory(features, numbers)), strict=True):
         torch.testing.assert_close(one.distance, other.distance)
 

@@ -20,7 +20,8 @@ __all__ = ["FeatureSums", "Nearest", "PatchMemory", "PlaceStatistics", "as_patch
 _CANDIDATES = 60_000
 _CALIBRATED = 20_000  # patches that the scale of the distance is taken from
 _PROJECTED = 64  # dimensions in which patches are chosen: enough to tell their distances
-_ENTRIES = 2**25  # of a table of patches by patches in memory: 128 MiB
+_ENTRIES = 2**25  # of a table of places by patches in memory: 128 MiB
+_ENTRIES_CPU = 2**20  # there 4 MiB, so that what was just written is read from the cache
 _GROUP = 64  # patches looked through at once: about the root of 2,048, and whole vector registers
 _FLOOR = 1e-3  # of spreads and distances, in units of the features: images may all be alike
 _LIMIT = 3.0  # beyond so many spreads all is equally far
@@ -212,8 +213,9 @@ class PatchMemory(nn.Module):
             return first_highest(self._similarity(places))
         per_image = len(places) // batch
         own = None if numbers is None else self.sources == numbers.unsqueeze(1)  # (B, N)
-        images_at_once = max(1, _ENTRIES // (per_image * len(self.patches)))
-        places_at_once = max(1, _ENTRIES // len(self.patches))
+        entries = _ENTRIES_CPU if places.device.type == "cpu" else _ENTRIES
+        images_at_once = max(1, entries // (per_image * len(self.patches)))
+        places_at_once = max(1, entries // len(self.patches))
         found = []
         for first in range(0, batch, images_at_once):
             some = places.unflatten(0, (batch, per_image))[first : first + images_at_once]

@@ -209,29 +209,35 @@ class PatchMemory(nn.Module):
 
     def _nearest(self, places: torch.Tensor, batch: int, numbers: torch.Tensor | None) -> torch.Tensor:
         """Index of the nearest patch for each of ``(B * P, D)`` places: ``(B * P,)``."""
+        half_lengths = self._half_lengths()
         if torch.compiler.is_compiling():
-            return first_highest(self._similarity(places))
+            return first_highest(self._similarity(places, half_lengths))
         per_image = len(places) // batch
-        own = None if numbers is None else self.sources == numbers.unsqueeze(1)  # (B, N)
+        if numbers is None:
+            half_lengths = half_lengths.expand(batch, 1, -1)
+        else:  # what is infinitely long is near to nothing
+            own = self.sources == numbers.unsqueeze(1)
+            half_lengths = half_lengths.masked_fill(own, torch.inf).unsqueeze(1)  # (B, 1, N)
         entries = _ENTRIES_CPU if places.device.type == "cpu" else _ENTRIES
         images_at_once = max(1, entries // (per_image * len(self.patches)))
         places_at_once = max(1, entries // len(self.patches))
         found = []
-        for first in range(0, batch, images_at_once):
-            some = places.unflatten(0, (batch, per_image))[first : first + images_at_once]
-            hidden = None if own is None else own[first : first + images_at_once]
-            found += [first_highest(self._similarity(part, hidden)).flatten() for part in some.split(places_at_once, 1)]
+        some_images = places.unflatten(0, (batch, per_image)).split(images_at_once)
+        for some, lengths in zip(some_images, half_lengths.split(images_at_once), strict=True):
+            parts = some.split(places_at_once, dim=1)
+            found += [first_highest(self._similarity(part, lengths)).flatten() for part in parts]
         return torch.cat(found)
 
-    def _similarity(self, places: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def _half_lengths(self) -> torch.Tensor:
+        """Half the squared lengths of the patches, ``(N,)``."""
+        return self.patches.square().sum(dim=1) / 2
+
+    def _similarity(self, places: torch.Tensor, half_lengths: torch.Tensor) -> torch.Tensor:
         """What is the greater the nearer patches are to places ``(..., P, D)``: ``(..., P, N)``.
 
-        ``hidden`` says which patches are hidden from the places of each image, ``(B, N)`` for ``(B, P, D)``.
+        ``half_lengths`` are those of the patches, ``(N,)`` or as many as there are images, ``(B, 1, N)``.
         """
         patches = self.patches
-        lengths = patches.square().sum(dim=1)
-        if hidden is not None:
-            lengths = lengths.masked_fill(hidden, torch.inf).unsqueeze(1)
         if places.device.type != "cpu" and not torch.compiler.is_compiling():
             # A user may allow products to be rounded (TF32). Halves with half the digits each lose none that count.
             (high, low), (patch_high, patch_low) = _halves(places), _halves(patches)
@@ -240,15 +246,15 @@ class PatchMemory(nn.Module):
                 torch.cat([patch_high, patch_low, patch_high], dim=1),
             )
         similarity = places @ patches.T  # with half the length taken off, most where |a - b|^2 is least
-        return similarity - lengths / 2 if torch.compiler.is_compiling() else similarity.sub_(lengths / 2)
+        return similarity - half_lengths if torch.compiler.is_compiling() else similarity.sub_(half_lengths)
 
     def _usual_distance(self, patches: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """The distance from patches to those of other images that one patch of a thousand exceeds."""
         some = torch.tensor(evenly_spaced(len(patches), _CALIBRATED)).to(patches.device)
-        distances = []
+        distances, half_lengths = [], self._half_lengths()
         for part, number in zip(patches[some].split(2048), sources[some].split(2048), strict=True):
             own = (self.sources == number.unsqueeze(1)) & (number >= 0).unsqueeze(1)
-            near = first_highest(self._similarity(part).masked_fill(own, -torch.inf))
+            near = first_highest(self._similarity(part, half_lengths).masked_fill(own, -torch.inf))
             distances.append((part - self.patches[near]).square().mean(dim=1).sqrt())
         ordered = torch.cat(distances).sort().values
         return ordered[int(0.999 * (len(ordered) - 1))]

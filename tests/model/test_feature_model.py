@@ -2,7 +2,7 @@
 import copy
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from anomalib_twostage.model.backbone import Backbone
 from anomalib_twostage.model.decoder import Decoder
 from anomalib_twostage.model.feature_model import FeatureTemplate, FeatureTwoStageModel
 from anomalib_twostage.model.good_images import image_number
+from anomalib_twostage.model.torch_model import Seen, Way
 from anomalib_twostage.model.variants import two_stage_superpixel_model
 
 SIDE = 64
@@ -178,46 +179,111 @@ def test_what_no_paint_resembles_keeps_its_rank(remembered: FeatureTwoStageModel
             network.head.bias.fill_(-10.0)
         images = with_a_spot(next(good_images())[0]).unsqueeze(0)
         maps = model.stages(images)
-    torch.testing.assert_close(maps.anomaly_map, 2 * model.smooth(maps.distance) / 3, atol=1e-4, rtol=0)
+    torch.testing.assert_close(maps.anomaly_map, 16 * model.smooth(maps.distance) / 27, atol=1e-4, rtol=0)
 
 
-def test_the_map_is_the_distance_weighed_by_what_the_stages_say(remembered: FeatureTwoStageModel) -> None:
+def test_the_map_is_the_distance_weighed_by_stage_one_with_a_ninth_of_stage_two(
+    remembered: FeatureTwoStageModel,
+) -> None:
     model = copy.deepcopy(remembered)
+    model.start_stage_two()
+    images = with_a_spot(next(good_images())[0]).unsqueeze(0)
+    with torch.no_grad():
+        model.refiner.threshold = 0.99 * float(model.stages(images).stage_one_map.max())
+        maps = model.stages(images)
+    assert maps.stage_two_logits is not None
+    second = maps.stage_two_logits.sigmoid() * maps.selected
+    assert 0 < maps.selected.mean() < 1
+    first = (maps.stage_one_map + maps.pooled_map) / 2
+    without = maps.distance * (2 + first) / 3
+    torch.testing.assert_close(model.without_stage_two(maps), without)
+    torch.testing.assert_close(maps.fused_map, 8 / 9 * without + 1 / 9 * second)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"template": False}, lambda first, second, _: (first + second) / 2),
+        ({"gate": "hard"}, lambda _, second, distance: distance * (2 + second) / 3),
+    ],
+    ids=str,
+)
+def test_without_a_distance_or_with_the_hard_gate_the_maps_are_fused_as_elsewhere(
+    options: dict[str, Any], expected: Callable[..., torch.Tensor]
+) -> None:
+    model = two_stage_superpixel_model("default", **options).eval()
+    model.remember(good_images(3))
     model.start_stage_two()
     model.refiner.threshold = 1e-3
     with torch.no_grad():
         maps = model.stages(with_a_spot(next(good_images())[0]).unsqueeze(0))
     assert maps.stage_two_logits is not None
     second = maps.stage_two_logits.sigmoid() * maps.selected
-    trained = ((maps.stage_one_map + maps.pooled_map) / 2 + second) / 2
-    torch.testing.assert_close(maps.fused_map, maps.distance * (2 + trained) / 3)
     first = (maps.stage_one_map + maps.pooled_map) / 2
-    torch.testing.assert_close(model.without_stage_two(maps), maps.distance * (2 + first) / 3)
+    torch.testing.assert_close(maps.fused_map, expected(first, second, maps.distance))
 
 
-def test_stage_two_looks_at_single_pixels(remembered: FeatureTwoStageModel) -> None:
-    model = copy.deepcopy(remembered).eval()
-    model.start_stage_two()
-    image = next(good_images())[0].unsqueeze(0)
+def handed_on(model: FeatureTwoStageModel, images: torch.Tensor, seen: Seen, first: torch.Tensor) -> Any:
+    """What stage two sees of images when stage one has drawn these maps."""
+    labels = model.slic(images)
+    refined = model.refiner(images, first, labels, model.slic.max_segments(*images.shape[-2:]))
+    return model._handed_on(images, seen, Way(first, first, labels, refined, None))
+
+
+@pytest.mark.parametrize("options", [{}, {"template": False}], ids=str)
+def test_stage_two_sees_how_far_features_are_and_not_in_what_way(options: dict[str, Any]) -> None:
+    model = two_stage_superpixel_model("default", **options).eval()
+    assert isinstance(model, FeatureTwoStageModel)
+    model.remember(good_images())
+    images = with_a_spot(next(good_images())[0]).unsqueeze(0)
+    first = torch.rand(1, 1, SIDE, SIDE)
+    seen = model.seen(images)
+    coarse, middle, fine = (-level for level in seen.levels)
+    if options == {}:
+        coarse[:, -1:], middle[:, -2:] = -coarse[:, -1:], -middle[:, -2:]  # distances have no sign
+    turned = seen._replace(levels=(coarse, middle, fine))
     with torch.no_grad():
-        seen = model.seen(image)
-        first = model.stage_one_logits(image, seen).sigmoid()
-        refined = model.refiner(image, first, model.slic(image), model.slic.max_segments(SIDE, SIDE))
-        moved = image.clone()
-        moved[..., 20, 21] = 1.0
-        before = model.stage_two(*model._handed_on(image, seen, first, refined))
-        after = model.stage_two(*model._handed_on(moved, seen, first, refined))
-    changed = (before != after)[0, 0].nonzero()
-    assert (changed == torch.tensor([20, 21])).all(dim=1).any()
+        one, other = (handed_on(model, images, which, first) for which in (seen, turned))
+        closer = handed_on(model, images, seen._replace(levels=(coarse / 2, middle / 2, fine / 2)), first)
+    for own, expected, smaller in zip(one, other, closer, strict=True):
+        assert torch.equal(own, expected)
+        assert own is one[-1] or (own >= smaller).all()
+    torch.testing.assert_close(one[2], seen.levels[2].norm(dim=1, keepdim=True) / seen.levels[2].shape[1] ** 0.5)
 
 
-def test_stage_two_continues_from_stage_one(remembered: FeatureTwoStageModel) -> None:
+def test_stage_two_sees_maps_in_full_and_their_means_over_superpixels(remembered: FeatureTwoStageModel) -> None:
+    images = with_a_spot(next(good_images())[0])[:, :63].unsqueeze(0)
+    seen, first = remembered.seen(images), torch.rand(1, 1, 63, SIDE)
+    with torch.no_grad():
+        maps = functional.pixel_shuffle(handed_on(remembered, images, seen, first)[-1], 2)[..., :63, :]
+    assert seen.distance is not None
+    assert torch.equal(maps[:, :1], first)
+    assert torch.equal(maps[:, 2:3], seen.distance)
+    labels = remembered.slic(images)
+    for label in labels.unique():
+        inside = labels == label
+        torch.testing.assert_close(maps[:, 1][inside], first[:, 0][inside].mean().expand(int(inside.sum())))
+        torch.testing.assert_close(maps[:, 3][inside], seen.distance[:, 0][inside].mean().expand(int(inside.sum())))
+
+
+def test_with_the_hard_gate_stage_two_sees_what_is_selected_alone() -> None:
+    model = two_stage_superpixel_model("default", gate="hard").eval()
+    assert isinstance(model, FeatureTwoStageModel)
+    model.remember(good_images(3))
+    images, first = next(good_images())[0].unsqueeze(0), torch.zeros(1, 1, SIDE, SIDE)
+    first[..., 8:24, 8:24] = 1.0
+    with torch.no_grad():
+        maps = functional.pixel_shuffle(handed_on(model, images, model.seen(images), first)[-1], 2)
+    assert (maps[..., 8:24, 8:24] > 0).all()
+    assert (maps[..., 48:, 48:] == 0).all()
+
+
+def test_stage_two_begins_anew(remembered: FeatureTwoStageModel) -> None:
     model = copy.deepcopy(remembered)
+    before = copy.deepcopy(model.stage_two.state_dict())
     model.start_stage_two()
-    own = model.stage_two.state_dict()
-    for name, value in model.stage_one.state_dict().items():
-        if not name.startswith("head."):
-            assert torch.equal(own[name], value), name
+    for name, value in model.stage_two.state_dict().items():
+        assert torch.equal(before[name], value), name
 
 
 def test_only_the_stage_that_learns_gets_gradients(remembered: FeatureTwoStageModel) -> None:

@@ -7,6 +7,7 @@ import torch
 from anomalib.models.components.sampling import KCenterGreedy
 from scipy.spatial.distance import cdist
 
+from anomalib_twostage.common.spacing import evenly_spaced
 from anomalib_twostage.model.memory import (
     FeatureSums,
     PatchMemory,
@@ -118,6 +119,17 @@ def test_every_point_is_chosen_where_there_are_few_and_duplicates_are_no_trouble
     assert farthest_first(torch.rand(5, 3), 8).tolist() == [0, 1, 2, 3, 4]
     chosen = farthest_first(torch.ones(50, 3), 8)
     assert len(chosen.unique()) == 8
+
+
+def test_a_rare_patch_of_a_hundred_and_fifty_thousand_is_kept() -> None:
+    patches = torch.zeros(150_000, 2)
+    patches[3::5] = 9.0
+    rare = 77_776
+    patches[rare] = torch.tensor([-50.0, 30.0])
+    assert rare not in evenly_spaced(len(patches), 60_000)
+    memory = PatchMemory(channels=1, size=3)
+    memory.fit(patches, torch.arange(len(patches)) % 7)
+    assert (memory.patches == patches[rare]).all(dim=1).any()
 
 
 def test_many_dimensions_are_chosen_alike_every_time() -> None:

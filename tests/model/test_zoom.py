@@ -176,6 +176,19 @@ def test_in_a_window_the_mean_of_the_distances_weighs_like_one_elsewhere(
     torch.testing.assert_close(stages.fused_map[inside], expected[inside], atol=0.01, rtol=0)
 
 
+def test_stage_two_continues_from_stage_one(zoomed: ZoomedTwoStageModel) -> None:
+    model = copy.deepcopy(zoomed)
+    model.start_stage_one()
+    with torch.no_grad():
+        for parameter in model.stage_two.parameters():
+            parameter.fill_(7.0)
+    model.start_stage_two()
+    own = model.stage_two.state_dict()
+    for name, value in model.stage_one.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(own[name], value), name
+
+
 def test_more_suspicious_windows_than_it_may_look_at_are_told(
     zoomed: ZoomedTwoStageModel, caplog: pytest.LogCaptureFixture
 ) -> None:

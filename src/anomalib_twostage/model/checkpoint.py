@@ -219,7 +219,7 @@ def _check_fit(checkpoint: dict[str, Any], weights: dict[str, Any], variant: str
         msg = (
             f"The checkpoint does not fit variant {variant!r}: it is of variant {trained!r} with widths {widths} and "
             f"template={template}, and {len(differing)} weights differ. Build the model with the checkpoint's variant, "
-            "backbone, gate, template and num_neighbors."
+            "backbone, gate, template, num_neighbors and zoom; if it is of an earlier version, train again."
         )
         raise ValueError(msg)
 

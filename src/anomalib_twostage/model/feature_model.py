@@ -2,8 +2,9 @@
 """The two-stage model that looks through a pretrained backbone, at a memory of good patches.
 
 Stage one sees how features differ from those of the good images, and draws a coarse map. Superpixels widen it to whole
-patches of the image, and stage two looks at those in full resolution. The distance to the memory has a voice in the
-final map, beside what the stages have learned: what no paint resembles keeps its rank.
+patches of the image, and stage two sees that, and how far each place is from the good images, in full resolution. The
+distance to the memory has a voice in the final map, beside what the stages have learned: what no paint resembles keeps
+its rank.
 """
 
 import math
@@ -15,17 +16,18 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_twostage.common.precision import full_precision
+from anomalib_twostage.superpixels.pooling import superpixel_mean
 
 from .backbone import Backbone
 from .memory import FeatureSums, PatchMemory, PlaceStatistics, as_patches
-from .refiner import RefinedImage
-from .torch_model import Seen, TwoStageSuperpixelModel
+from .torch_model import Seen, TwoStageSuperpixelModel, Way
 
-__all__ = ["FeatureTemplate", "FeatureTwoStageModel", "with_detail"]
+__all__ = ["FeatureTemplate", "FeatureTwoStageModel", "in_quarters"]
 
 _BATCH = 8
 _PER_IMAGE = 1024  # patches that a memory looks at, so that large images stay within bounds
 _LEVELS = 3
+_AGAINST = 8  # times the weight of stage two's map: what stage one and the distance say
 _FURTHEST = 3.0  # of distances as the networks see them; the distance map knows no limit
 
 
@@ -91,6 +93,23 @@ class FeatureTemplate(nn.Module):
         if not self.memories:
             return coarse, middle, fine
         return 2 * coarse + 1, 2 * middle + 2 * fine + 2, fine
+
+    @property
+    def length_channels(self) -> tuple[int, int, int]:
+        """Channels of what :meth:`lengths` returns."""
+        return (1, 2, 1) if self.memories else (1, 1, 1)
+
+    def lengths(self, levels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """How far levels, as :meth:`forward` returns them, are from the good ones, without in what way.
+
+        Returns:
+            The distances to the memories at strides 16 and 8, and the root mean square over the channels at stride 4;
+            without memories that of all three, ``(B, C, h, w)`` from 0 to 3.
+        """
+        coarse, middle, fine = levels
+        if not self.memories:
+            return _length(coarse), _length(middle), _length(fine)
+        return coarse[:, -1:], middle[:, -2:], _length(fine)
 
     @torch.no_grad()
     def fit(self, images: Iterable[tuple[torch.Tensor, int]]) -> None:
@@ -179,11 +198,13 @@ class FeatureTemplate(nn.Module):
 
 
 class FeatureTwoStageModel(TwoStageSuperpixelModel):
-    """Stage one on features that differ, superpixel refinement, stage two on those and the image's own detail.
+    """Stage one on features that differ, superpixel refinement, stage two on how far they differ.
 
-    Stage two sees what stage one sees and, in full resolution, the image, stage one's map, its superpixel average and
-    the distance map. The stages' maps are fused as in :class:`TwoStageSuperpixelModel`; the final map is
-    ``D (2 + M) / 3`` of that map ``M`` and the distance map ``D``, smoothed.
+    Stage two sees the distances at each scale and, in full resolution, stage one's map, the distance map and the means
+    of both over superpixels; no features and no image, of which it would learn what paint looks like. With ``F`` the
+    mean of stage one's map and its superpixel average, ``S`` stage two's map, zero outside the selected superpixels,
+    and ``D`` the distance map, the final map is ``(8 D (2 + F) / 3 + S) / 9``, smoothed. Without a distance it is as in
+    :class:`TwoStageSuperpixelModel`; with the hard gate it is ``D (2 + S) / 3``.
     """
 
     template: FeatureTemplate
@@ -200,6 +221,11 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
         """Give the distance its voice in a map ``(B, 1, H, W)`` in [0, 1]."""
         return trained if distance is None else distance * (2 + trained) / 3
 
+    def _fuse(self, first: torch.Tensor, second: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
+        if distance is None:
+            return super()._fuse(first, second, distance)
+        return (_AGAINST * self.weigh(first, distance) + second) / (_AGAINST + 1)
+
     def _drawn(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Stage one's logits as it drew them, for images of this height and width: it drew magnified ones."""
         logits = super()._drawn(logits, *self.template.magnified_size(height, width))
@@ -207,30 +233,31 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
             return logits
         return functional.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
 
-    def _handed_on(
-        self, images: torch.Tensor, seen: Seen, stage_one_map: torch.Tensor, refined: RefinedImage
-    ) -> tuple[torch.Tensor, ...]:
+    def _handed_on(self, images: torch.Tensor, seen: Seen, way: Way) -> tuple[torch.Tensor, ...]:
+        maps = [way.stage_one_map, way.refined.pooled]
+        if seen.distance is not None:
+            segments = self.slic.max_segments(*images.shape[-2:])
+            maps += [seen.distance, superpixel_mean(seen.distance, way.labels, segments)]
+        detail = torch.cat(maps, dim=1)
         if self.gate == "hard":
-            images = refined.image
-        maps = [stage_one_map, refined.pooled, *([] if seen.distance is None else [seen.distance])]
-        return with_detail(seen.levels, images, maps)
+            detail = detail * way.refined.selected
+        return (*self.template.lengths(seen.levels), in_quarters(detail))
 
     def _hand_over_weights(self) -> None:
-        """Let stage two continue from stage one's weights, as far as it has the same layers."""
-        own = self.stage_two.state_dict()
-        taken = {name: value for name, value in self.stage_one.state_dict().items() if not name.startswith("head.")}
-        self.stage_two.load_state_dict({**own, **taken})
+        """Let stage two begin anew: it sees nothing that stage one sees."""
 
 
-def with_detail(
-    levels: tuple[torch.Tensor, ...], images: torch.Tensor, maps: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """What stage two sees: levels of features, and behind them images ``(B, C, H, W)`` in [0, 1] and maps in full."""
-    detail = torch.cat([2 * images.float() - 1, *maps], dim=1)
-    height, width = images.shape[-2:]
+def in_quarters(detail: torch.Tensor) -> torch.Tensor:
+    """Values ``(B, C, H, W)`` as ``(B, 4C, H / 2, W / 2)``, rounded up: the four of a square behind each other."""
+    height, width = detail.shape[-2:]
     if height % 2 or width % 2:
         detail = functional.pad(detail, (0, width % 2, 0, height % 2), mode="replicate")
-    return (*levels, functional.pixel_unshuffle(detail, 2))
+    return functional.pixel_unshuffle(detail, 2)
+
+
+def _length(level: torch.Tensor) -> torch.Tensor:
+    """Root mean square over the channels of a level ``(B, C, h, w)``: ``(B, 1, h, w)``."""
+    return level.square().mean(dim=1, keepdim=True).sqrt()
 
 
 def _pooled(levels: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -66,7 +66,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
             same place (:class:`~anomalib_twostage.model.template.GoldenTemplate`); ``None`` takes the variant's own.
         num_neighbors: Nearest good images that a golden template compares with, 0 for none.
         smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
-            the variant's own: a quarter of the segment size, none for ``"paper"``.
+            the variant's own: an eighth of the segment size for ``"default"``, none for ``"paper"``, else a quarter.
         segment_size: Side of a superpixel in pixels of the resized image, 1 for none; ``None`` takes the variant's own,
             8 for ``"default"``, else 16.
         compactness: Weight of position against colour in SLIC.

@@ -17,7 +17,7 @@ from anomalib_twostage.common.spacing import evenly_spaced
 
 __all__ = ["FeatureSums", "Nearest", "PatchMemory", "PlaceStatistics", "as_patches", "farthest_first"]
 
-_CANDIDATES = 60_000
+_CANDIDATES = 200_000
 _CALIBRATED = 20_000  # patches that the scale of the distance is taken from
 _PROJECTED = 64  # dimensions in which patches are chosen: enough to tell their distances
 _ENTRIES = 2**25  # of a table of places by patches in memory: 128 MiB
@@ -170,7 +170,7 @@ class PatchMemory(nn.Module):
         The same patches give the same memory, on every process.
 
         Args:
-            patches: Patches of good images ``(N, 2C)``; of more than 60,000, some evenly spaced ones are looked at.
+            patches: Patches of good images ``(N, 2C)``; of more than 200,000, some evenly spaced ones are looked at.
             sources: Numbers of the images that they are from, ``(N,)`` int64.
 
         Raises:

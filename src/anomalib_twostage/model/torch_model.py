@@ -193,8 +193,7 @@ class TwoStageSuperpixelModel(nn.Module):
         self, images: torch.Tensor, seen: Seen, stage_one_logits: torch.Tensor, kept: list[StageMaps] | None
     ) -> InferenceBatch:
         way = self._through_stages(images, seen, stage_one_logits)
-        trained_map = self._fuse(way.stage_one_map, way.refined, way.stage_two_logits)
-        fused_map = self.weigh(trained_map, seen.distance)
+        fused_map = self._all_together(way, seen.distance)
         anomaly_map = self.smooth(fused_map)
         if kept is not None:
             on_the_way = (way.stage_one_logits, way.stage_one_map, way.labels, way.refined.pooled)
@@ -213,7 +212,7 @@ class TwoStageSuperpixelModel(nn.Module):
         way = self._to_superpixels(images, stage_one_logits)
         if self.stage == 1:
             return way
-        handed_on = self._handed_on(images, seen, way.stage_one_map, way.refined)
+        handed_on = self._handed_on(images, seen, way)
         return way._replace(stage_two_logits=self._stage_two_logits(handed_on, way.refined.selected))
 
     def stages(self, images: torch.Tensor, stage_one_logits: torch.Tensor | None = None) -> StageMaps:
@@ -289,14 +288,12 @@ class TwoStageSuperpixelModel(nn.Module):
         del distance
         return trained
 
-    def _handed_on(
-        self, images: torch.Tensor, seen: Seen, stage_one_map: torch.Tensor, refined: RefinedImage
-    ) -> tuple[torch.Tensor, ...]:
+    def _handed_on(self, images: torch.Tensor, seen: Seen, way: Way) -> tuple[torch.Tensor, ...]:
         """What stage two sees."""
         del images
         if self.gate == "hard":
-            return (refined.image,)
-        maps = torch.cat([stage_one_map, refined.pooled], dim=1)
+            return (way.refined.image,)
+        maps = torch.cat([way.stage_one_map, way.refined.pooled], dim=1)
         return (torch.cat([seen.levels[0], maps.to(seen.levels[0].dtype)], dim=1),)
 
     def _stage_two_logits(self, seen: tuple[torch.Tensor, ...], selected: torch.Tensor) -> torch.Tensor:
@@ -329,15 +326,17 @@ class TwoStageSuperpixelModel(nn.Module):
         logits = torch.zeros_like(selected)
         return logits if len(chosen) == 0 else logits.index_copy(0, chosen, run(*(level[chosen] for level in seen)))
 
-    def _fuse(
-        self, stage_one_map: torch.Tensor, refined: RefinedImage, stage_two_logits: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The maps of the stages together, ``(B, 1, H, W)``; stage one's alone without stage two's logits."""
-        first = self._first(stage_one_map, refined.pooled)
-        if stage_two_logits is None:
-            return first
-        second = stage_two_logits.sigmoid() * refined.selected
-        return second if self.gate == "hard" else (first + second) / 2
+    def _all_together(self, way: Way, distance: torch.Tensor | None) -> torch.Tensor:
+        """All maps together, ``(B, 1, H, W)``; without stage two's logits those of stage one."""
+        first = self._first(way.stage_one_map, way.refined.pooled)
+        if way.stage_two_logits is None:
+            return self.weigh(first, distance)
+        second = way.stage_two_logits.sigmoid() * way.refined.selected
+        return self.weigh(second, distance) if self.gate == "hard" else self._fuse(first, second, distance)
+
+    def _fuse(self, first: torch.Tensor, second: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
+        """What stage one says, stage two's map where something is selected, and the distance, as one map."""
+        return self.weigh((first + second) / 2, distance)
 
     def without_stage_two(self, stages: StageMaps) -> torch.Tensor:
         """The fused map as it would be without stage two, ``(B, 1, H, W)``."""

@@ -53,13 +53,16 @@ class Variant:
 
 
 VARIANTS = {
-    "default": Variant(widths=(64, 64, 32, 24), features=True, segment_size=8, magnification=1.5),
+    "default": Variant(widths=(64, 64, 32, 24), features=True, segment_size=8, smoothing=0.125, magnification=1.5),
     "scratch": Variant(widths=(32, 64, 128, 256, 256)),
     "small": Variant(widths=(16, 32, 64, 128, 128)),
     "paper": Variant(
         widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper", template=False
     ),
 }
+
+
+_OF_LENGTHS = (32, 32, 32, 24)  # channels of a decoder that sees a few lengths and maps, coarsest first
 
 
 def variant_of(variant: str, backbone: str | Path | None) -> str:
@@ -108,7 +111,7 @@ def two_stage_superpixel_model(
             :class:`~anomalib_twostage.model.feature_model.FeatureTemplate`; ``None`` takes the variant's own.
         num_neighbors: Nearest good images that a golden template compares with, 0 for none.
         smoothing: Standard deviation in pixels of the Gaussian that smooths the final map, 0 for none; ``None`` takes
-            the variant's own, a quarter of the segment size or none.
+            the variant's own: an eighth of the segment size for ``"default"``, none for ``"paper"``, else a quarter.
         backbone: Of ``"default"``: see :class:`~anomalib_twostage.model.backbone.Backbone`. ``None`` trains from
             scratch, which is ``"scratch"``. Other variants have none.
         place_deviation: Of ``"default"``: whether features are compared with the mean of their place, or of all places.
@@ -144,12 +147,17 @@ def two_stage_superpixel_model(
         features = FeatureTemplate(
             Backbone(backbone), template, place_deviation, magnification=magnification, means=zoom == 1
         )
-        maps = 2 + template * (1 if zoom == 1 else 2)
+        if zoom == 1:
+            detail = 4 if template else 2
+            stage_two = Decoder((*features.length_channels, 4 * detail), _OF_LENGTHS, stride=2)
+        else:
+            detail = in_channels + (4 if template else 2)
+            stage_two = Decoder((*features.channels, 4 * detail), shape.widths, stride=2)
         return (FeatureTwoStageModel if zoom == 1 else partial(ZoomedTwoStageModel, zoom=zoom, windows=zoom_windows))(
             stage_one=Decoder(features.channels, shape.widths[:-1], stride=4),
             slic=slic,
             refiner=refiner,
-            stage_two=Decoder((*features.channels, 4 * (in_channels + maps)), shape.widths, stride=2),
+            stage_two=stage_two,
             gate=gate,
             template=features,
             smoothing=smoothing,

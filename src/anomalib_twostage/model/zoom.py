@@ -18,7 +18,7 @@ from torch.nn import functional
 from anomalib_twostage.common.tracing import is_exporting
 from anomalib_twostage.pseudo_anomaly import imitate_faults
 
-from .feature_model import FeatureTemplate, FeatureTwoStageModel, with_detail
+from .feature_model import FeatureTemplate, FeatureTwoStageModel, in_quarters
 from .torch_model import Seen, StageMaps, Way
 
 __all__ = ["WindowGrid", "Windows", "ZoomedTwoStageModel", "check_zoom"]
@@ -227,6 +227,12 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         own = None if numbers is None else numbers[windows.image]
         return self._look(images, told, windows, own)[0], self._grid(*images.shape[-2:]).cut(mask, windows)
 
+    def _hand_over_weights(self) -> None:
+        """Let stage two continue from stage one's weights, as far as it has the same layers."""
+        own = self.stage_two.state_dict()
+        taken = {name: value for name, value in self.stage_one.state_dict().items() if not name.startswith("head.")}
+        self.stage_two.load_state_dict({**own, **taken})
+
     def end_run(self) -> None:
         """Log on how many images of the run there was more to look at than ``windows``."""
         if crowded := int(self.crowded):
@@ -319,7 +325,8 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         told = self._reduced_grid(*told.shape[-2:]).cut(told, windows)
         told = functional.interpolate(told, scale_factor=float(self.zoom), mode="bilinear", align_corners=False)
         seen = self.close_template(pixels, numbers)
-        logits = self.stage_two(*with_detail(seen.levels, pixels, [told, *_distance(seen)])).float()
+        detail = torch.cat([2 * pixels.float() - 1, told, *_distance(seen)], dim=1)
+        logits = self.stage_two(*seen.levels, in_quarters(detail)).float()
         logits = logits[..., : grid.side, : grid.side]
         trained = (told[:, :2].mean(dim=1, keepdim=True) + logits.sigmoid()) / 2
         return logits, self.weigh(trained, None if seen.distance is None else (told[:, 2:] + seen.distance) / 2)

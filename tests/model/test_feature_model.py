@@ -192,8 +192,8 @@ def test_the_map_is_the_distance_weighed_by_stage_one_with_a_ninth_of_stage_two(
         model.refiner.threshold = 0.99 * float(model.stages(images).stage_one_map.max())
         maps = model.stages(images)
     assert maps.stage_two_logits is not None
-    second = maps.stage_two_logits.sigmoid() * maps.selected
     assert 0 < maps.selected.mean() < 1
+    second = maps.stage_two_logits.sigmoid()  # outside the selection too
     first = (maps.stage_one_map + maps.pooled_map) / 2
     without = maps.distance * (2 + first) / 3
     torch.testing.assert_close(model.without_stage_two(maps), without)
@@ -214,9 +214,11 @@ def test_without_a_distance_or_with_the_hard_gate_the_maps_are_fused_as_elsewher
     model = two_stage_superpixel_model("default", **options).eval()
     model.remember(good_images(3))
     model.start_stage_two()
-    model.refiner.threshold = 1e-3
+    images = with_a_spot(next(good_images())[0]).unsqueeze(0)
     with torch.no_grad():
-        maps = model.stages(with_a_spot(next(good_images())[0]).unsqueeze(0))
+        model.refiner.threshold = 0.99 * float(model.stages(images).stage_one_map.max())
+        maps = model.stages(images)
+    assert 0 < maps.selected.mean() < 1
     assert maps.stage_two_logits is not None
     second = maps.stage_two_logits.sigmoid() * maps.selected
     first = (maps.stage_one_map + maps.pooled_map) / 2

@@ -202,9 +202,10 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
 
     Stage two sees the distances at each scale and, in full resolution, stage one's map, the distance map and the means
     of both over superpixels; no features and no image, of which it would learn what paint looks like. With ``F`` the
-    mean of stage one's map and its superpixel average, ``S`` stage two's map, zero outside the selected superpixels,
-    and ``D`` the distance map, the final map is ``(8 D (2 + F) / 3 + S) / 9``, smoothed. Without a distance it is as in
-    :class:`TwoStageSuperpixelModel`; with the hard gate it is ``D (2 + S) / 3``.
+    mean of stage one's map and its superpixel average, ``S`` stage two's map and ``D`` the distance map, the final map
+    is ``(8 D (2 + F) / 3 + S) / 9``, smoothed. Here stage two speaks everywhere: it sees distances that stage one
+    overlooks. Without a distance its map counts in selected superpixels only, as in :class:`TwoStageSuperpixelModel`;
+    so it does with the hard gate, where the final map is ``D (2 + S) / 3``.
     """
 
     template: FeatureTemplate
@@ -225,6 +226,11 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
         if distance is None:
             return super()._fuse(first, second, distance)
         return (_AGAINST * self.weigh(first, distance) + second) / (_AGAINST + 1)
+
+    @property
+    def speaks_everywhere(self) -> bool:
+        """Whether stage two has a say outside the selected superpixels too: where the gate is soft and ``D`` known."""
+        return self.gate == "average" and len(self.template.memories) > 0
 
     def _drawn(self, logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Stage one's logits as it drew them, for images of this height and width: it drew magnified ones."""

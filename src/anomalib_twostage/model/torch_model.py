@@ -70,7 +70,7 @@ class StageMaps(NamedTuple):
         selected: 1 where a superpixel was selected, ``(B, 1, H, W)`` float32.
         refined_image: The image where selected, zero elsewhere, ``(B, C, H, W)``.
         stage_two_logits: What stage two's loss is taken on, ``(B, 1, H, W)``; ``None`` before stage two, and in
-            evaluation zero for images of which nothing is selected, because stage two does not run for them. Of a model
+            evaluation zero for images of which nothing is selected, where stage two does not run for them. Of a model
             that zooms ``None``: they are of windows.
         fused_map: All maps together, ``(B, 1, H, W)`` float32 in [0, 1].
         anomaly_map: The final map: the fused map, smoothed. ``(B, 1, H, W)`` float32 in [0, 1].
@@ -299,15 +299,17 @@ class TwoStageSuperpixelModel(nn.Module):
     def _stage_two_logits(self, seen: tuple[torch.Tensor, ...], selected: torch.Tensor) -> torch.Tensor:
         """Logits of stage two ``(B, 1, H, W)``; in evaluation zero for images of which nothing is selected.
 
-        Stage two has no say there, so on a CPU it does not run for them: on a production line most images are good. An
-        exported graph decides for the whole batch. Any other device would have to be asked and waited for, and runs it
-        all.
+        Unless it speaks everywhere, stage two has no say there, so on a CPU it does not run for them: on a production
+        line most images are good. An exported graph decides for the whole batch. Any other device would have to be
+        asked and waited for, and runs it all.
         """
         height, width = selected.shape[-2:]
 
         def run(*seen: torch.Tensor) -> torch.Tensor:
             return self.stage_two(*seen).float()[..., :height, :width]
 
+        if self.speaks_everywhere:
+            return run(*seen)
         if is_exporting() and not self.training:
             touched = selected.amax(dim=(0, 1, 2, 3)) > 0
             logits: torch.Tensor = torch.cond(
@@ -331,11 +333,13 @@ class TwoStageSuperpixelModel(nn.Module):
         first = self._first(way.stage_one_map, way.refined.pooled)
         if way.stage_two_logits is None:
             return self.weigh(first, distance)
-        second = way.stage_two_logits.sigmoid() * way.refined.selected
+        second = way.stage_two_logits.sigmoid()
+        if not self.speaks_everywhere:
+            second = second * way.refined.selected
         return self.weigh(second, distance) if self.gate == "hard" else self._fuse(first, second, distance)
 
     def _fuse(self, first: torch.Tensor, second: torch.Tensor, distance: torch.Tensor | None) -> torch.Tensor:
-        """What stage one says, stage two's map where something is selected, and the distance, as one map."""
+        """What stage one says, what stage two says where it has a say, and the distance, as one map."""
         return self.weigh((first + second) / 2, distance)
 
     def without_stage_two(self, stages: StageMaps) -> torch.Tensor:
@@ -396,6 +400,11 @@ class TwoStageSuperpixelModel(nn.Module):
         self.stage = stage
         self.stage_one.requires_grad_(stage == 1)
         self.train(self.training)
+
+    @property
+    def speaks_everywhere(self) -> bool:
+        """Whether stage two has a say outside the selected superpixels too."""
+        return False
 
     def train(self, mode: bool = True) -> "TwoStageSuperpixelModel":
         """Set training mode; stage one stays in evaluation mode once it is frozen."""

@@ -206,7 +206,7 @@ def test_the_map_is_the_distance_weighed_by_stage_one_with_a_ninth_of_stage_two(
         ({"template": False}, lambda first, second, _: (first + second) / 2),
         ({"gate": "hard"}, lambda _, second, distance: distance * (2 + second) / 3),
     ],
-    ids=str,
+    ids=["no template", "hard gate"],
 )
 def test_without_a_distance_or_with_the_hard_gate_the_maps_are_fused_as_elsewhere(
     options: dict[str, Any], expected: Callable[..., torch.Tensor]

@@ -28,7 +28,8 @@ class Variant:
     """Shape of a published variant.
 
     Attributes:
-        widths: Channels of each level: of a U-Net, finest first; of decoders of features, coarsest first.
+        widths: Channels of each level: of a U-Net, finest first; of decoders of features, coarsest first, with the
+            last for a stage two that looks closer.
         gate: See :class:`TwoStageSuperpixelModel`.
         threshold: Selection threshold of the refiner.
         loss: Loss of both stages.
@@ -60,7 +61,6 @@ VARIANTS = {
         widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper", template=False
     ),
 }
-
 
 _OF_LENGTHS = (32, 32, 32, 24)  # channels of a decoder that sees a few lengths and maps, coarsest first
 
@@ -147,17 +147,13 @@ def two_stage_superpixel_model(
         features = FeatureTemplate(
             Backbone(backbone), template, place_deviation, magnification=magnification, means=zoom == 1
         )
-        if zoom == 1:
-            detail = 4 if template else 2
-            stage_two = Decoder((*features.length_channels, 4 * detail), _OF_LENGTHS, stride=2)
-        else:
-            detail = in_channels + (4 if template else 2)
-            stage_two = Decoder((*features.channels, 4 * detail), shape.widths, stride=2)
+        levels, widths = (features.length_channels, _OF_LENGTHS) if zoom == 1 else (features.channels, shape.widths)
+        detail = (4 if template else 2) + (0 if zoom == 1 else in_channels)
         return (FeatureTwoStageModel if zoom == 1 else partial(ZoomedTwoStageModel, zoom=zoom, windows=zoom_windows))(
             stage_one=Decoder(features.channels, shape.widths[:-1], stride=4),
             slic=slic,
             refiner=refiner,
-            stage_two=stage_two,
+            stage_two=Decoder((*levels, 4 * detail), widths, stride=2),
             gate=gate,
             template=features,
             smoothing=smoothing,

@@ -57,6 +57,7 @@ class Page:
     def __init__(self, browser: webdriver.Chrome, folder: Path) -> None:
         self.browser = browser
         browser.get((folder / "index.html").as_uri())
+        self.settle()  # cards that were never drawn have no text yet
 
     def at(self, name: str) -> WebElement:
         return self.browser.find_element(By.ID, name)

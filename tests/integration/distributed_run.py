@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A short training in one or more processes, for test_distributed.py.
 
-python distributed_run.py DATASET FOLDER PROCESSES STRATEGY
+python distributed_run.py DATASET FOLDER PROCESSES STRATEGY [zoom]
 
 Each process writes what it saw to FOLDER.
 """
@@ -9,6 +9,7 @@ Each process writes what it saw to FOLDER.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import MVTecAD
@@ -16,6 +17,8 @@ from anomalib.engine import Engine
 from lightning.pytorch import Callback, seed_everything
 
 from anomalib_twostage import TwoStageSuperpixel
+
+SETTINGS: dict[str, Any] = {"stage_one_fraction": 0.5, "paint_probability": 1.0, "visualizer": False}
 
 
 class Witness(Callback):
@@ -35,21 +38,23 @@ class Witness(Callback):
         self.painted = {name: float(value) for name, value in metrics.items() if name.startswith("painted")}
 
 
-def main(dataset: str, folder: str, processes: str, strategy: str) -> None:
+def zoomed() -> TwoStageSuperpixel:
+    pre_processor = TwoStageSuperpixel.configure_pre_processor((128, 128))
+    return TwoStageSuperpixel(zoom=2, magnification=1.0, pre_processor=pre_processor, **SETTINGS)
+
+
+def small() -> TwoStageSuperpixel:
+    pre_processor = TwoStageSuperpixel.configure_pre_processor((64, 64))
+    return TwoStageSuperpixel("small", segment_size=8, pre_processor=pre_processor, **SETTINGS)
+
+
+def main(dataset: str, folder: str, processes: str, strategy: str, kind: str = "") -> None:
     seed_everything(0)
     data = MVTecAD(dataset, category="plate", train_batch_size=2, eval_batch_size=2, num_workers=0)
-    pre_processor = TwoStageSuperpixel.configure_pre_processor((64, 64))
-    model = TwoStageSuperpixel(
-        "small",
-        segment_size=8,
-        stage_one_fraction=0.5,
-        paint_probability=1.0,
-        pre_processor=pre_processor,
-        visualizer=False,
-    )
+    model, steps = (zoomed(), 24) if kind == "zoom" else (small(), 120)
     witness = Witness()
     engine = Engine(
-        max_steps=120,
+        max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
         devices=int(processes),
@@ -58,7 +63,7 @@ def main(dataset: str, folder: str, processes: str, strategy: str) -> None:
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
-        check_val_every_n_epoch=40,
+        check_val_every_n_epoch=steps // 3,
     )
     engine.fit(model, datamodule=data)
     results = engine.test(model, datamodule=data)[0]

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_twostage import SampleTextures, TwoStageSuperpixel
 from anomalib_twostage.data.sample_textures import SIZE
+from anomalib_twostage.model.export import _FIRST_LAYER, _graphs
 
 from .conftest import run_anomalib
 
@@ -218,6 +219,10 @@ def test_int8_export_ranks_pixels_like_predict(
     # A ranking survives a shift of all values, but the threshold does not.
     assert (found["anomaly_map"].squeeze() - predictions.anomaly_map.squeeze()).abs().mean() < 0.05
     assert (found["pred_score"].squeeze() - predictions.pred_score).abs().median() < 0.1
+    for graph in _graphs(openvino.Core().read_model(path)):
+        for node in graph.get_ops():
+            if node.get_type_name() == "Convolution" and node.input_value(1).shape[1] <= _FIRST_LAYER:
+                assert node.input_value(0).get_node().get_type_name() != "FakeQuantize", node.get_friendly_name()
     # Quantised means that weights are stored in a byte each, not in four; the good images always are.
     template = sum(buffer.nbytes for buffer in exporting.model.template.buffers())
     weights = sum(parameter.nbytes for parameter in exporting.model.parameters())

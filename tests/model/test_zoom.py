@@ -310,3 +310,14 @@ def test_a_traced_graph_looks_at_the_same_windows(zoomed: ZoomedTwoStageModel) -
         expected, found = zoomed(images), InferenceBatch(*graph(images))
     torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, atol=1e-4, rtol=0)
     torch.testing.assert_close(found.pred_score, expected.pred_score, atol=1e-4, rtol=0)
+
+
+def test_an_exported_graph_spends_nothing_on_windows_where_nothing_is_suspicious(zoomed: ZoomedTwoStageModel) -> None:
+    images = torch.stack([image for image, _ in good_images(2)])
+    with torch.no_grad():
+        graph = torch.export.export(zoomed, (images,), strict=False).graph
+    called = [node for node in graph.nodes if node.op == "call_function"]
+    assert any("cond" in str(node.target) for node in called)
+    written = [node.meta["val"].numel() for node in called if "scatter_add" in str(node.target)]
+    assert written  # to pool over superpixels of the reduced images
+    assert max(written) < images[:, 0].numel()

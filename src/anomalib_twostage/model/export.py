@@ -14,7 +14,7 @@ in memory was measured in it, and its rounding would be a distance of its own.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -208,10 +208,21 @@ def _besides_networks(model: Any) -> Any:
     """
     import nncf
 
-    types = sorted({node.get_type_name() for node in model.get_ops()} - _NETWORK_TYPES)
-    convolutions = [node for node in model.get_ops() if node.get_type_name() == "Convolution"]
+    nodes = [node for graph in _graphs(model) for node in graph.get_ops()]
+    types = sorted({node.get_type_name() for node in nodes} - _NETWORK_TYPES)
+    convolutions = [node for node in nodes if node.get_type_name() == "Convolution"]
     first = {node.get_friendly_name() for node in convolutions if node.input_value(1).shape[1] <= _FIRST_LAYER}
-    return nncf.IgnoredScope(names=sorted(first | _compared(model)), types=types, validate=False)
+    compared = set().union(*map(_compared, _graphs(model)))
+    return nncf.IgnoredScope(names=sorted(first | compared), types=types, validate=False)
+
+
+def _graphs(model: Any) -> Iterator[Any]:
+    """An OpenVINO model, and what runs in it only if something is so."""
+    yield model
+    for node in model.get_ops():
+        if node.get_type_name() == "If":
+            for branch in range(2):
+                yield from _graphs(node.get_function(branch))
 
 
 def _compared(model: Any) -> set[str]:

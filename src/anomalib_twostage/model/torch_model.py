@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from anomalib.data import InferenceBatch
-from kornia.filters import GaussianBlur2d
+from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import nn
 from torch.nn import functional
 
@@ -142,6 +142,7 @@ class TwoStageSuperpixelModel(nn.Module):
     slic: Slic
     refiner: SuperpixelRefiner
     stage_two: UNet | Decoder
+    _kernel: torch.Tensor  # of smoothing, along one side
     template: Any  # GoldenTemplate, FeatureTemplate or None
 
     # The image score is the highest mean over a window of this many pixels: one bright pixel is noise.
@@ -352,8 +353,10 @@ class TwoStageSuperpixelModel(nn.Module):
 
     def smooth(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Smooth maps ``(B, 1, H, W)`` as the final map is, in float32: half precision would tie pixels."""
+        if not self.smoothing:
+            return anomaly_map
         with full_precision(anomaly_map.device):
-            return self.blur(anomaly_map)
+            return filter2d_separable(anomaly_map, self._kernel, self._kernel, "replicate")
 
     def score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Image scores ``(B,)`` of maps ``(B, 1, H, W)``: the highest mean over a small window."""
@@ -368,9 +371,9 @@ class TwoStageSuperpixelModel(nn.Module):
     @smoothing.setter
     def smoothing(self, value: float) -> None:
         self._smoothing = value
-        reach = math.ceil(3 * value)
-        kernel, deviation = (2 * reach + 1,) * 2, (value, value)
-        self.blur = GaussianBlur2d(kernel, deviation, "replicate") if value else nn.Identity()
+        # A buffer, not made where it is used: a branch of an exported graph cannot hold constants of its own.
+        kernel = get_gaussian_kernel1d(2 * math.ceil(3 * value) + 1, value) if value else torch.ones(1, 1)
+        self.register_buffer("_kernel", kernel, persistent=False)
 
     def start_stage_one(self) -> None:
         """Let stage one learn, and speak alone: a new training begins."""

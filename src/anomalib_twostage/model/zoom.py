@@ -294,20 +294,26 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
 
         Where no window is chosen, stage two does not run on a CPU and in an exported graph.
         """
-        grid = self._grid(*images.shape[-2:])
-        if is_exporting():  # no len() of what may have any length: it would be taken for a fixed number
-            found = torch.cond(
+        if is_exporting():
+            looked, smoothed, rough = torch.cond(
                 chosen.any(),
-                lambda images, told, *windows: self._look(images, told, Windows(*windows))[1].squeeze(1).contiguous(),
-                lambda _, told, image, *__: told.new_zeros(image.shape[0], grid.side, grid.side),
-                (images, told, *windows),
-            ).unsqueeze(1)
-        else:
-            if not torch.compiler.is_compiling() and images.device.type == "cpu":
-                windows, chosen = Windows(*(part[chosen] for part in windows)), chosen[chosen]
-                if len(chosen) == 0:
-                    return (torch.zeros_like(images[:, :1]),) * 3
-            found = self._look(images, told, windows)[1]
+                lambda images, told, chosen, *windows: self._closer_maps(images, told, Windows(*windows), chosen),
+                lambda images, *_: tuple(torch.zeros_like(images[:, :1]).contiguous() for _ in range(3)),
+                (images, told, chosen, *windows),
+            )
+            return looked, smoothed, rough
+        if not torch.compiler.is_compiling() and images.device.type == "cpu":
+            windows, chosen = Windows(*(part[chosen] for part in windows)), chosen[chosen]
+            if len(chosen) == 0:
+                return (torch.zeros_like(images[:, :1]),) * 3
+        return self._closer_maps(images, told, windows, chosen)
+
+    def _closer_maps(
+        self, images: torch.Tensor, told: torch.Tensor, windows: Windows, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The maps of :meth:`_look_closer`, of which the windows that are not chosen are no part."""
+        grid = self._grid(*images.shape[-2:])
+        found = self._look(images, told, windows)[1]
         weights = grid.weights(windows) * chosen.view(-1, 1, 1, 1)
         maps = (torch.ones_like(found), self.smooth(found), found)
         looked, smoothed, rough = (grid.write(values, windows, weights, images.shape[0]) for values in maps)

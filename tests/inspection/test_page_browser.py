@@ -78,7 +78,7 @@ class Page:
         """The images in sight, in their order."""
         return self.browser.execute_script(
             "return [...document.querySelectorAll('.image')].filter(card => card.checkVisibility())"
-            ".map(card => card.querySelector('.name').innerText)"
+            ".map(card => card.querySelector('.name').textContent)"
         )
 
     def choose(self, name: str, option: str) -> list[str]:

@@ -321,3 +321,40 @@ def test_an_exported_graph_spends_nothing_on_windows_where_nothing_is_suspicious
     written = [node.meta["val"].numel() for node in called if "scatter_add" in str(node.target)]
     assert written  # to pool over superpixels of the reduced images
     assert max(written) < images[:, 0].numel()
+
+
+class _Looked(torch.fx.Interpreter):
+    """Runs an exported graph and counts the windows of the branches that it takes."""
+
+    count = 0
+
+    def run_node(self, node: torch.fx.Node) -> Any:
+        if "cond" in str(node.target):
+            (wanted, _, _, operands), _ = self.fetch_args_kwargs_from_env(node)
+            if wanted:
+                (windows,) = {len(value) for value in operands if value.dtype == torch.bool and value.ndim == 1}
+                self.count += windows
+        return super().run_node(node)
+
+
+@pytest.fixture(scope="module")
+def exported(zoomed: ZoomedTwoStageModel) -> tuple[ZoomedTwoStageModel, torch.fx.GraphModule]:
+    model = copy.deepcopy(zoomed)
+    model.windows = 6
+    with torch.no_grad():
+        return model, torch.export.export(model, (torch.rand(1, 3, HEIGHT, WIDTH),), strict=False).module()
+
+
+@pytest.mark.parametrize(
+    ("spots", "least", "most"), [([], 0, 0), ([(40, 40)], 1, 1), ([(40, 40), (150, 240), (40, 240)], 2, 4)]
+)
+def test_an_exported_graph_looks_at_few_windows_where_few_are_suspicious(
+    exported: tuple[ZoomedTwoStageModel, torch.fx.GraphModule], spots: list[tuple[int, int]], least: int, most: int
+) -> None:
+    model, graph = exported
+    image = with_spots(next(good_images())[0], *spots).unsqueeze(0)
+    looked = _Looked(graph)
+    with torch.no_grad():
+        expected, found = model(image), InferenceBatch(*looked.run(image))
+    assert least <= looked.count <= most
+    torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, atol=1e-4, rtol=0)

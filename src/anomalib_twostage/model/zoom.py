@@ -251,13 +251,11 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         way = self._to_superpixels(seen.reduced, stage_one_logits)
         base = self.weigh(self._first(way.stage_one_map, way.refined.pooled), seen.distance)
         anomaly_map = self._enlarge(self.smooth(base), size)
-        fused_map = anomaly_map if kept is None else self._enlarge(base, size)
-        looked = torch.zeros_like(anomaly_map)
+        looked, rough = torch.zeros_like(anomaly_map), []
         if self.stage == 2:
             windows, chosen = self._choose(base, way.refined.selected, seen.distance)
-            looked, smoothed, rough = self._look_closer(images, _told(way, seen), windows, chosen)
+            looked, smoothed, *rough = self._look_closer(images, _told(way, seen), windows, chosen, kept is not None)
             anomaly_map = anomaly_map * (1 - looked) + smoothed
-            fused_map = fused_map * (1 - looked) + rough
         if kept is not None:
             selected = self._repeat(way.refined.selected, size)
             labels = self._repeat(way.labels.unsqueeze(1), size).squeeze(1)
@@ -265,6 +263,7 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
                 self._enlarge(values, size) for values in (way.stage_one_logits, way.stage_one_map, way.refined.pooled)
             )
             distance = None if seen.distance is None else self._enlarge(seen.distance, size)
+            fused_map = self._enlarge(base, size) * (1 - looked) + (rough[0] if rough else 0)
             refined = (logits, first, labels, pooled, selected, images * selected)
             kept.append(StageMaps(*refined, None, fused_map, anomaly_map, distance, looked))
         return InferenceBatch(pred_score=self.score(anomaly_map), anomaly_map=anomaly_map)
@@ -288,36 +287,48 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         return Windows(image, place // columns, place % columns), highest.reshape(-1) > 0
 
     def _look_closer(
-        self, images: torch.Tensor, told: torch.Tensor, windows: Windows, chosen: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """How much of the final map is from a closer look, that part of it, smoothed, and rough: ``(B, 1, H, W)`` each.
+        self, images: torch.Tensor, told: torch.Tensor, windows: Windows, chosen: torch.Tensor, rough: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """How much of the final map is from a closer look, that part of it, smoothed, and, if wanted, rough.
 
-        Where no window is chosen, stage two does not run on a CPU and in an exported graph.
+        Stage two does not run in windows that are not chosen on a CPU, and hardly in an exported graph, which decides
+        for a few ranks of windows at a time, for the whole batch. Each map is ``(B, 1, H, W)``.
         """
         if is_exporting():
-            looked, smoothed, rough = torch.cond(
-                chosen.any(),
-                lambda images, told, chosen, *windows: self._closer_maps(images, told, Windows(*windows), chosen),
-                lambda images, *_: tuple(torch.zeros_like(images[:, :1]).contiguous() for _ in range(3)),
-                (images, told, chosen, *windows),
-            )
-            return looked, smoothed, rough
+            return self._look_in_groups(images, told, windows, chosen, rough)
         if not torch.compiler.is_compiling() and images.device.type == "cpu":
             windows, chosen = Windows(*(part[chosen] for part in windows)), chosen[chosen]
             if len(chosen) == 0:
-                return (torch.zeros_like(images[:, :1]),) * 3
-        return self._closer_maps(images, told, windows, chosen)
+                return (torch.zeros_like(images[:, :1]),) * (2 + rough)
+        return self._closer_maps(images, told, windows, chosen, rough)
+
+    def _look_in_groups(
+        self, images: torch.Tensor, told: torch.Tensor, windows: Windows, chosen: torch.Tensor, rough: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """The maps of :meth:`_look_closer`, group by group of ranks: most images have a suspicious window or none."""
+        batch = images.shape[0]
+        maps = (torch.zeros_like(images[:, :1]),) * (2 + rough)
+        for first, last in _groups(chosen.shape[0] // batch):
+            group = (part.reshape(batch, -1)[:, first:last].flatten() for part in (chosen, *windows))
+            own, *places = group
+            found = torch.cond(
+                own.any(),
+                lambda images, told, own, *places: self._closer_maps(images, told, Windows(*places), own, rough),
+                lambda images, *_: tuple(torch.zeros_like(images[:, :1]).contiguous() for _ in range(2 + rough)),
+                (images, told, own, *places),
+            )
+            maps = tuple(total + part for total, part in zip(maps, found, strict=True))
+        return maps
 
     def _closer_maps(
-        self, images: torch.Tensor, told: torch.Tensor, windows: Windows, chosen: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, images: torch.Tensor, told: torch.Tensor, windows: Windows, chosen: torch.Tensor, rough: bool
+    ) -> tuple[torch.Tensor, ...]:
         """The maps of :meth:`_look_closer`, of which the windows that are not chosen are no part."""
         grid = self._grid(*images.shape[-2:])
         found = self._look(images, told, windows)[1]
         weights = grid.weights(windows) * chosen.view(-1, 1, 1, 1)
-        maps = (torch.ones_like(found), self.smooth(found), found)
-        looked, smoothed, rough = (grid.write(values, windows, weights, images.shape[0]) for values in maps)
-        return looked, smoothed, rough
+        maps = [torch.ones_like(found), self.smooth(found)] + [found] * rough
+        return tuple(grid.write(values, windows, weights, images.shape[0]) for values in maps)
 
     def _look(
         self, images: torch.Tensor, told: torch.Tensor, windows: Windows, numbers: torch.Tensor | None = None
@@ -376,6 +387,14 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         """The same without mixing values."""
         large = values.repeat_interleave(self.zoom, dim=-2).repeat_interleave(self.zoom, dim=-1)
         return large[..., : size[0], : size[1]]
+
+
+def _groups(count: int) -> Iterator[tuple[int, int]]:
+    """First rank and the one after the last of each group of ``count`` windows: 1, 3, 12 and so on, as many as left."""
+    first, last = 0, 1
+    while first < count:
+        yield first, min(last, count)
+        first, last = last, 4 * last
 
 
 class _Sample:

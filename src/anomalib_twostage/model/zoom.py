@@ -295,7 +295,7 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         for a few ranks of windows at a time, for the whole batch. Each map is ``(B, 1, H, W)``.
         """
         if is_exporting():
-            return self._look_in_groups(images, told, windows, chosen, rough)
+            return self._look_in_groups(images, told, windows, chosen)
         if not torch.compiler.is_compiling() and images.device.type == "cpu":
             windows, chosen = Windows(*(part[chosen] for part in windows)), chosen[chosen]
             if len(chosen) == 0:
@@ -303,18 +303,17 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
         return self._closer_maps(images, told, windows, chosen, rough)
 
     def _look_in_groups(
-        self, images: torch.Tensor, told: torch.Tensor, windows: Windows, chosen: torch.Tensor, rough: bool
+        self, images: torch.Tensor, told: torch.Tensor, windows: Windows, chosen: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """The maps of :meth:`_look_closer`, group by group of ranks: most images have a suspicious window or none."""
+        """The first two maps of :meth:`_look_closer`, by groups of ranks: most images have few suspicious windows."""
         batch = images.shape[0]
-        maps = (torch.zeros_like(images[:, :1]),) * (2 + rough)
+        maps = (torch.zeros_like(images[:, :1]),) * 2
         for first, last in _groups(chosen.shape[0] // batch):
-            group = (part.reshape(batch, -1)[:, first:last].flatten() for part in (chosen, *windows))
-            own, *places = group
+            own, *places = (part.reshape(batch, -1)[:, first:last].flatten() for part in (chosen, *windows))
             found = torch.cond(
                 own.any(),
-                lambda images, told, own, *places: self._closer_maps(images, told, Windows(*places), own, rough),
-                lambda images, *_: tuple(torch.zeros_like(images[:, :1]).contiguous() for _ in range(2 + rough)),
+                lambda images, told, own, *places: self._closer_maps(images, told, Windows(*places), own, rough=False),
+                lambda images, *_: tuple(torch.zeros_like(images[:, :1]).contiguous() for _ in range(2)),
                 (images, told, own, *places),
             )
             maps = tuple(total + part for total, part in zip(maps, found, strict=True))

@@ -95,6 +95,22 @@ def test_costs_are_those_of_the_final_rows(path: Path) -> None:
     assert "7 trainings on: device cpu, threads 1, precision 32-true" in lines[-1]
 
 
+def test_runs_whose_costs_are_not_known_add_none(path: Path) -> None:
+    rows = load([path])
+    rows.loc[rows["label"] == "theirs", ["inference batch", "peak memory MiB"]] = math.nan
+    table = cost_table(rows)
+    assert cells(table.splitlines()[3])[-1] == "-"
+    assert "a batch (16)" in table
+
+
+def test_legend_hides_no_bar(path: Path) -> None:
+    figure = draw(load([path]))
+    figure.draw_without_rendering()
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    assert [text.get_text() for text in legends[0].get_texts()] == ["ours", "theirs"]
+    assert not any(legend.get_window_extent().overlaps(axes.bbox) for legend in legends for axes in figure.axes)
+
+
 def test_several_tables_are_put_together(path: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other.csv", {("theirs", "tile", 1): 0.3})
     assert quality_table(load([path, other])).count("| theirs | final | 2 |") == 3

@@ -108,7 +108,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         points.errorbar(seconds.mean(), heights[-1], yerr=errors[-1], fmt="o", capsize=3, label=label)
     bars.set_xticks(range(len(parts)), [name for name, _ in parts])
     bars.set(ylabel=_METRIC, ylim=(0, 1))
-    bars.legend()
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside upper left", ncols=5)
     points.set(xlabel="seconds of training", ylabel=_METRIC, ylim=(0, 1))
     points.set_xlim(left=0)
     return figure

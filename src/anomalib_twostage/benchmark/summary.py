@@ -59,7 +59,7 @@ def cost_table(rows: pd.DataFrame) -> str:
     for label, group in final.groupby("label", sort=False):
         costs = [_cell(form, pd.to_numeric(group[name]).median()) for name, form in _COSTS.items()]
         lines.append(f"| {' | '.join([str(label), *costs])} |")
-    batches = ", ".join(f"{value:.0f}" for value in sorted(pd.to_numeric(final["inference batch"]).unique()))
+    batches = ", ".join(f"{value:.0f}" for value in sorted(pd.to_numeric(final["inference batch"]).dropna().unique()))
     lines += ["", f"Inference in ms is of one image, in images/s of a batch ({batches}), both without reading images."]
     for machine, group in final.groupby(list(_MACHINE), sort=False, dropna=False):
         parts = [f"{name} {value}" for name, value in zip(_MACHINE, machine, strict=True)]

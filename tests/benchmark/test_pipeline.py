@@ -137,6 +137,23 @@ def test_half_written_line_is_redone(config: Path, trained: list[str], capsys: p
     assert keys() == [("ours", "plate", 0), ("narrow Draem", "plate", 0)]
 
 
+def test_a_continued_comparison_shows_all_its_trainings(
+    config: Path, trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "more")
+    (tmp_path / "more/plate").rename(tmp_path / "datasets/tray")
+    compare(config, "--labels", "narrow Draem")
+    compare(config, "--labels", "ours")
+    capsys.readouterr()
+    compare(config, "--labels", "ours", "--categories", "plate", "tray")
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in shown] == ["| category", "| plate", "| tray", "| **mean**"]
+    assert not any("Draem" in line for line in shown)  # was not asked for
+    compare(config, "--labels", "ours", "--categories", "plate", "tray")
+    assert "| **mean** | ours |" in capsys.readouterr().out  # nothing was left to train
+    assert len(trained) == 3
+
+
 def test_failure_is_told_and_the_others_run(
     config: Path, trained: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

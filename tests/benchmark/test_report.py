@@ -103,6 +103,13 @@ def test_runs_whose_costs_are_not_known_add_none(path: Path) -> None:
     assert "a batch (16)" in table
 
 
+def test_no_sentence_on_batches_that_were_not_timed(path: Path) -> None:
+    rows = load([path])
+    rows["inference batch"] = math.nan
+    assert "Inference" not in cost_table(rows)
+    assert "7 trainings on:" in cost_table(rows)
+
+
 def test_legend_hides_no_bar(path: Path) -> None:
     figure = draw(load([path]))
     figure.draw_without_rendering()

@@ -57,6 +57,18 @@ def test_half_written_line_is_named_and_its_run_redone(path: Path, cut: int) -> 
     assert (len(rows), left_out) == (4, [])
 
 
+def test_damaged_file_is_kept_beside_the_mended_one(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    lines[2] = lines[2].replace("0.25", "0.2x")
+    path.write_text("".join(lines))
+    with ResultsTable(path) as table:
+        assert not path.with_name("table.csv.damaged").exists()  # nothing is lost yet
+        table.add(rows_of(KEY._replace(seed=2)))
+        table.add(rows_of(KEY._replace(seed=3)))
+    assert path.with_name("table.csv.damaged").read_text() == "".join(lines)
+    assert {row["seed"] for row in read_rows(path)[0]} == {1, 2, 3}
+
+
 @pytest.mark.parametrize("damage", [("0.25", "0.2x"), ("TwoStageSuperpixel,", ""), ('"{""trainer""', '"{""trainer')])
 def test_damaged_line_in_the_middle_is_named(path: Path, damage: tuple[str, str]) -> None:
     lines = path.read_text().splitlines(keepends=True)

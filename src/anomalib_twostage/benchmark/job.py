@@ -13,7 +13,6 @@ import pandas as pd
 from anomalib.pipelines.components import Job
 from tqdm import tqdm
 
-from .summary import quality_table
 from .table import METRICS, ResultsTable, Row, RunKey
 from .worker import RunSettings
 
@@ -87,9 +86,7 @@ class ComparisonJob(Job):
 
     @staticmethod
     def save(results: pd.DataFrame) -> None:
-        """Show the rows that were added; they are saved already."""
-        if len(results):
-            print(quality_table(results))
+        """Nothing is left to do: each training is saved as it ends."""
 
     def _rows_of_worker(self) -> list[Row] | None:
         self.log.parent.mkdir(parents=True, exist_ok=True)

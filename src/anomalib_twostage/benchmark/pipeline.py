@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from anomalib.data import MVTecAD
 from anomalib.models import AnomalibModule
 from anomalib.pipelines.components import JobGenerator, Pipeline, Runner
@@ -19,7 +20,8 @@ from lightning.fabric.utilities.seed import max_seed_value
 from lightning.pytorch import Trainer
 
 from .job import ComparisonJob, recorded_settings
-from .table import ResultsTable, RunKey
+from .summary import quality_table
+from .table import ResultsTable, RunKey, row_key
 from .worker import RunSettings, add_run_arguments
 
 __all__ = ["Comparison", "ComparisonJobGenerator"]
@@ -92,10 +94,14 @@ class Comparison(Pipeline):
         try:
             super().run(args)
             assert self._table is not None  # made in _setup_runners
-            missing = [str(key) for key in map(_key, self._runs) if self._table.run(key) is None]
+            keys = [_key(settings) for settings in self._runs]
+            missing = [str(key) for key in keys if self._table.run(key) is None]
+            rows = [row for row in self._table.rows if row_key(row) in keys]
         finally:
             if self._table is not None:
                 self._table.close()
+        if rows:  # those that were there before as well: their mean is over all categories
+            print(quality_table(pd.DataFrame(rows)))
         if missing:
             msg = f"{len(missing)} of {len(self._runs)} trainings failed: {'; '.join(missing)}. Run the command again."
             raise RuntimeError(msg)
@@ -149,7 +155,9 @@ class Comparison(Pipeline):
         _check_folders(self._runs)
         self._table = ResultsTable(Path(config["out"]))
         for sentence in self._table.left_out:
-            print(f"{sentence}. It will be measured again.", file=sys.stderr)
+            print(
+                f"{sentence}. It is left out; the file as it is will be kept in {self._table.damaged}.", file=sys.stderr
+            )
         for settings in self._runs:
             _check_same(self._table, settings)
         done = sum(self._table.run(_key(settings)) is not None for settings in self._runs)

@@ -23,7 +23,7 @@ _MACHINE = ("device", "threads", "precision", "python", "torch", "anomalib", "an
 
 
 def quality_table(rows: pd.DataFrame) -> str:
-    """Metrics per category, model and map: the mean over the seeds ± its standard deviation.
+    """Metrics per category, model and map: the mean over the seeds ± their sample standard deviation.
 
     Args:
         rows: Rows of a table of results.
@@ -60,7 +60,12 @@ def cost_table(rows: pd.DataFrame) -> str:
         costs = [_cell(form, pd.to_numeric(group[name]).median()) for name, form in _COSTS.items()]
         lines.append(f"| {' | '.join([str(label), *costs])} |")
     batches = ", ".join(f"{value:.0f}" for value in sorted(pd.to_numeric(final["inference batch"]).dropna().unique()))
-    lines += ["", f"Inference in ms is of one image, in images/s of a batch ({batches}), both without reading images."]
+    if batches:
+        lines += [
+            "",
+            "GFLOPs and inference in ms are of a category's first test image, where stage two may have nothing to do; "
+            f"inference in images/s is of a batch ({batches}). Reading images is not in them.",
+        ]
     for machine, group in final.groupby(list(_MACHINE), sort=False, dropna=False):
         parts = [f"{name} {value}" for name, value in zip(_MACHINE, machine, strict=True)]
         lines += ["", f"{len(group)} trainings on: {', '.join(parts)}."]

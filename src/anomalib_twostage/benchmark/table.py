@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from anomalib_twostage.common.files import written_whole
 
-__all__ = ["COLUMNS", "FINAL", "KEYS", "METRICS", "ResultsTable", "Row", "RunKey", "read_rows"]
+__all__ = ["COLUMNS", "FINAL", "KEYS", "METRICS", "ResultsTable", "Row", "RunKey", "read_rows", "row_key"]
 
 FINAL = "final"
 METRICS = ("pixel AUROC", "pixel AP", "AUPRO", "image AUROC")
@@ -58,7 +59,8 @@ class RunKey(NamedTuple):
         return f"{self.label}, {self.category}, seed {self.seed}"
 
 
-def _key(row: Row) -> RunKey:
+def row_key(row: Row) -> RunKey:
+    """The run that a row is of."""
     return RunKey(row["label"], row["category"], row["seed"])
 
 
@@ -93,7 +95,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         if row is None:
             left_out.append(f"{path}, line {number} is damaged: {_excerpt(line)}")
             continue
-        name = (_key(row), row["map"])
+        name = (row_key(row), row["map"])
         if name in rows:
             msg = f"{path} holds {name[0]}, map {name[1]!r} twice; the second time in line {number}."
             raise ValueError(msg)
@@ -110,7 +112,8 @@ class ResultsTable:
 
     Every change writes the whole (small) file anew beside the old one and then puts it in its place, so that the file
     is always complete, whenever the process is killed. Lines that some other accident left half-written are named in
-    :attr:`left_out` and are not in :attr:`rows`.
+    :attr:`left_out` and are not in :attr:`rows`; before the first change the file as it was is copied to
+    :attr:`damaged`.
 
     Args:
         path: CSV file; it need not exist.
@@ -151,7 +154,12 @@ class ResultsTable:
 
     def run(self, key: RunKey) -> Row | None:
         """The row of the final map of a run, or ``None`` if the run is not in the table."""
-        return next((row for row in self.rows if _key(row) == key and row["map"] == FINAL), None)
+        return next((row for row in self.rows if row_key(row) == key and row["map"] == FINAL), None)
+
+    @property
+    def damaged(self) -> Path:
+        """Copy of a file with lines that are left out."""
+        return self.path.with_name(f"{self.path.name}.damaged")
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add the rows of one run; the file holds all of them or none.
@@ -167,6 +175,9 @@ class ResultsTable:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(_to_text(row) for row in (*self.rows, *added))
+        if self.left_out:
+            shutil.copy2(self.path, self.damaged)
+            self.left_out = []
         with written_whole(self.path) as partial:
             partial.write_text(text.getvalue(), encoding="utf-8", newline="")
         self.rows += added

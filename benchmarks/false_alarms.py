@@ -26,6 +26,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from _continued import read_rows, write_rows
 from _timing import machine
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import MVTecAD
@@ -63,12 +64,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table = arguments.out.with_name(f"{arguments.out.name}_scores.csv")
-    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    settings = {name: getattr(arguments, name) for name in ("variant", "image_size", "segment_size", "steps")}
+    rows = read_rows(table, settings)
     for category in arguments.categories:
         if not any(row["category"] == category for row in rows):
             print(f"{category}: training", flush=True)
             rows += [{"category": category, **row} for row in train_and_score(arguments, category)]
-            pd.DataFrame(rows).to_csv(table, index=False, float_format="%.9g")
+            write_rows(table, rows, settings, float_format="%.9g")
     report = describe(arguments, pd.DataFrame(rows))
     arguments.out.with_suffix(".md").write_text(report)
     print(report)

@@ -24,6 +24,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from _continued import read_rows, write_rows
 from anomalib.data import AnomalibDataModule, ImageBatch, get_datamodule
 from anomalib.engine import Engine
 from anomalib.metrics import AUPR, AUPRO, AUROC, F1Score
@@ -59,7 +60,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table = arguments.out.with_suffix(".csv")
-    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    names = ("image_size", "segment_size", "compactness", "blends", "max_steps")
+    settings = {name: getattr(arguments, name) for name in names}
+    rows = read_rows(table, settings)
     runs = [(c, m, s) for c in arguments.categories for m in arguments.models for s in arguments.seeds]
     for category, name, seed in runs:
         run = dict(zip(KEYS, (arguments.data, category, name, seed), strict=True))
@@ -76,7 +79,7 @@ def main() -> None:
             engine.fit(model, datamodule=data)
         results = measure(model, data, arguments)
         rows += [{**run, "map": kind, **metrics} for kind, metrics in results.items()]
-        pd.DataFrame(rows).to_csv(table, index=False)
+        write_rows(table, rows, settings)
         print(pd.DataFrame(rows[-len(results) :]).to_string(index=False), flush=True)
     arguments.out.with_suffix(".md").write_text(summary(pd.DataFrame(rows)))
     print(arguments.out.with_suffix(".md").read_text())

@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import yaml
+from _continued import read_rows, write_rows
 from anomalib.data import AnomalibDataModule, ImageBatch, get_datamodule
 from skimage.segmentation import find_boundaries
 from torchmetrics.functional.classification import binary_average_precision
@@ -44,7 +45,8 @@ def main() -> None:
     arguments, options = parser.parse_known_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table = arguments.out.with_suffix(".csv")
-    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    settings = {"config": yaml.safe_load(arguments.config.read_text()), "options": without_root(options)}
+    rows = read_rows(table, settings)
     for category in arguments.categories:
         for seed in arguments.seeds:
             if any(row["category"] == category and row["seed"] == seed for row in rows):
@@ -61,13 +63,21 @@ def main() -> None:
                 common = {"category": category, "seed": seed, "train and test seconds": round(seconds)}
                 added = [{**common, "map": name, **measured[name]} for name in MAPS if name in measured]
                 rows += added
-                pd.DataFrame(rows).to_csv(table, index=False)
+                write_rows(table, rows, settings)
                 print(pd.DataFrame(added).to_string(index=False), flush=True)
                 if seed == arguments.seeds[0]:
                     picture = arguments.out.with_name(f"{arguments.out.name}_{category}.png")
                     draw(model, data, picture)
     arguments.out.with_suffix(".md").write_text(summary(pd.DataFrame(rows)))
     print(arguments.out.with_suffix(".md").read_text())
+
+
+def without_root(options: list[str]) -> list[str]:
+    """The options without the folder of the data, which may move."""
+    if "--data.root" not in options:
+        return options
+    place = options.index("--data.root")
+    return options[:place] + options[place + 2 :]
 
 
 def train_command(config: Path, category: str, seed: int, folder: Path, options: list[str]) -> list[str]:

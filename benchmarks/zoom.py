@@ -12,6 +12,7 @@ on where it was stopped.
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections import defaultdict
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from PIL import Image
 from torch.nn import functional
 
 from anomalib_twostage import TwoStageSuperpixel
-from anomalib_twostage.benchmark.table import FINAL, ResultsTable, RunKey
+from anomalib_twostage.benchmark.table import FINAL, ResultsTable, Row, RunKey
 from anomalib_twostage.model.variants import VARIANTS
 
 KINDS = ("reduced", "zoom", "outright")
@@ -59,9 +60,21 @@ def main() -> None:
             for category in arguments.categories:
                 for kind in arguments.kinds:
                     key = RunKey(label(kind, arguments), category, seed)
-                    if table.run(key) is None:
+                    row = table.run(key)
+                    if row is not None:
+                        refuse_other(arguments, key, row)
+                    else:
                         print(key, flush=True)
                         table.add(train_and_measure(key, kind, arguments))
+
+
+def refuse_other(arguments: argparse.Namespace, key: RunKey, row: Row) -> None:
+    """End the program if a row was measured with other settings than those that are asked for now."""
+    for column, name in (("steps", "max_steps"), ("precision", "precision")):
+        asked = getattr(arguments, name)
+        if str(row[column]) != str(asked):
+            found = f"{arguments.out} holds {key} with {name} {row[column]} (now {asked})"
+            sys.exit(f"Error: {found}. Write to another file (--out).")
 
 
 def label(kind: str, arguments: argparse.Namespace) -> str:
@@ -93,13 +106,14 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
     )
     weights = weights_file(arguments.out.with_suffix(""), kind, arguments.magnification, key.category, key.seed)
     kept = torch.load(weights, weights_only=True) if weights.exists() else {}
-    if kept.get("steps") == arguments.max_steps:
+    asked = {"steps": arguments.max_steps, "precision": arguments.precision}
+    if all(kept.get(name) == value for name, value in asked.items()):
         model.load_state_dict(kept["weights"])
-        seconds = kept["seconds"]
     else:
         seconds = train(model, data, arguments)
+        kept = {**asked, "weights": model.state_dict(), "seconds": seconds, "threads": arguments.threads}
         weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"weights": model.state_dict(), "seconds": seconds, "steps": arguments.max_steps}, weights)
+        torch.save(kept, weights)
     if zoom > 1:
         model.model.windows = arguments.zoom_windows  # weights bring their own
     model.to(arguments.accelerator).eval()
@@ -110,9 +124,9 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
     rows[-1] |= {
         "model": type(model).__name__,
         "steps": arguments.max_steps,
-        "training seconds": round(seconds, 1),
+        "training seconds": round(kept["seconds"], 1),
         "device": machine(arguments.accelerator),
-        "threads": arguments.threads,
+        "threads": kept["threads"],  # that the seconds were taken with
         "precision": arguments.precision,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "anomalib", "anomalib-twostage")},

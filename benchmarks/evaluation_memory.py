@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of an evaluation per image of its batch, by the side of the images.
 
-    python benchmarks/evaluation_memory.py --threads 1 --out docs/results/evaluation_memory.md
+    python benchmarks/evaluation_memory.py --threads 1 --out results/evaluation_memory.md
 
 Validation, test and predict hold a whole batch at once. Each cell takes two processes, a batch of 8 images in one and
 of 16 in the other: the difference of their peaks of resident memory is that of 8 images. (A batch of one or two takes

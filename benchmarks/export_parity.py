@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports against `Engine.predict`: maps, scores, labels, pixel AUROC, size and time of every kind of export.
 
-    python benchmarks/export_parity.py --out docs/results/export_parity.md
+    python benchmarks/export_parity.py --out results/export_parity.md
     python benchmarks/export_parity.py --checkpoint path/to/model.ckpt --category grass
 
 Trains the small variant for some steps on a category of the sample textures, unless there is a checkpoint, and exports

@@ -2,9 +2,9 @@
 r"""Measure how many fresh good images are called defective, against the rate that was asked for.
 
     python benchmarks/false_alarms.py --data.root path/to/MVTecAD --categories bottle grid screw magnetic_tile \
-        --out docs/results/false_alarms
+        --out results/false_alarms
     python benchmarks/false_alarms.py --data.root path/to/MVTecAD --categories bottle grid screw magnetic_tile \
-        --variant small --image_size 128 --segment_size 8 --steps 400 --out docs/results/false_alarms_small
+        --variant small --image_size 128 --segment_size 8 --steps 400 --out results/false_alarms_small
 
 A model learns from half of a category's good training images. The other half, which it does not see, is split at random
 into images that give the threshold and fresh ones that it is measured on, a thousand times, since one split of so few

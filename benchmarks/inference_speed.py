@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: each variant against built-in models of anomalib, in torch; against Draem in OpenVINO.
 
-    python benchmarks/inference_speed.py --out docs/results/inference_speed.md
-    python benchmarks/inference_speed.py --batch 8 --rounds 1 --peers Draem --out docs/results/inference_speed_8.md
-    python benchmarks/inference_speed.py --runtime openvino --rounds 9 --out docs/results/inference_speed_openvino.md
+    python benchmarks/inference_speed.py --out results/inference_speed.md
+    python benchmarks/inference_speed.py --batch 8 --rounds 1 --peers Draem --out results/inference_speed_8.md
+    python benchmarks/inference_speed.py --runtime openvino --rounds 9 --out results/inference_speed_openvino.md
 
 Images of 256 x 256 pixels. "Good" is an image on which nothing is selected, so that stage two does not run on a CPU;
 "defective" one on which it does; of the default it runs on both. All weights are random, which changes no time, but for

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Size and time of the inspection page, and its picture in the documentation.
 
-    python benchmarks/inspection_page.py --out docs/results/inspection_page.md \
-        --screenshot docs/results/inspection_page.png
+    python benchmarks/inspection_page.py --out results/inspection_page.md \
+        --screenshot results/inspection_page.png
 
 The table is of pages of predictions that are there already: maps of 256 x 256 pixels, and JPEG files of 1024 x 1024 of
 photographs and noise. It tells what writing takes and leaves, and what a headless Chromium takes to open the page and,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pixel AP of a category against minutes of training: trainings of several lengths, one line a model.
 
-    python benchmarks/minutes.py results/*.csv --category bottle --out docs/results/minutes
+    python benchmarks/minutes.py results/*.csv --category bottle --out results/minutes
 
 Takes tables of ``python -m anomalib_twostage.benchmark``, in which one model may come several times, each time with
 another budget. Writes ``OUT.csv``, ``OUT.md`` and ``OUT.png``.

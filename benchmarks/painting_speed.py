@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pseudo-anomalies: our painters against anomalib's `PerlinAnomalyGenerator`, our Perlin noise against `noise`.
 
-    python benchmarks/painting_speed.py --out docs/results/painting_speed.md
+    python benchmarks/painting_speed.py --out results/painting_speed.md
 
 A batch of 8 images of 256 x 256 pixels, every one of them painted. Once with what each paints with by itself (anomalib
 with grey noise), once with the same folder of photographs for all.

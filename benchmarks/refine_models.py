@@ -2,9 +2,9 @@
 r"""Measure built-in models of anomalib with and without `SuperpixelPostProcessor`.
 
     python benchmarks/refine_models.py --models Padim Patchcore --categories brick grass gravel --seeds 0 1 2 \
-        --out docs/results/refine_models
+        --out results/refine_models
     python benchmarks/refine_models.py --models Padim Patchcore --data MVTecAD --data.root path/to/MVTecAD \
-        --categories bottle --seeds 0 1 2 --out docs/results/refine_models
+        --categories bottle --seeds 0 1 2 --out results/refine_models
 
 Each model is trained once per category and seed, with anomalib's Engine; its maps of the test images then go through
 anomalib's post-processor and through the refining one, and both are measured alike ("peak" is the highest pixel of a

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train through the stock `anomalib` command, then measure every stage of what came out.
 
-    python benchmarks/results.py configs/demo.yaml --categories brick grass gravel --seeds 0 1 2 --out docs/results/demo
+    python benchmarks/results.py configs/demo.yaml --categories brick grass gravel --seeds 0 1 2 --out results/demo
 
 One row per (category, seed, map) goes to OUT.csv as soon as it is measured, and a run that has its rows is skipped, so
 the command can be interrupted and repeated. OUT.md gets the table of means and spreads, OUT_<category>.png the

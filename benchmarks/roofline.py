@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Share of the machine's arithmetic that inference gets out, against a matrix product measured in the same run.
 
-    python benchmarks/roofline.py --out docs/results/roofline.md
+    python benchmarks/roofline.py --out results/roofline.md
 
 Counts the floating-point operations of convolutions and matrix products with `torch.utils.flop_counter` (a multiply-add
 is two), and divides by the time of the whole forward. "Networks" are the two U-Nets without what lies between them.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Growth of time and memory with the side of the image.
 
-    python benchmarks/scaling.py --out docs/results/scaling.md
+    python benchmarks/scaling.py --out results/scaling.md
 
 SLIC and inference of one image and painting of a batch of 8, of 256, 512 and 1024 pixels, each question in a process of
 its own, so that its peak of resident memory can be read. Sizes go up, so that each size sets a new peak; what the

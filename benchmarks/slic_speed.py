@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Superpixels: our SLIC against scikit-image's and OpenCV's, speed and quality, at equally many segments.
 
-    python benchmarks/slic_speed.py --out docs/results/slic_speed.md
+    python benchmarks/slic_speed.py --out results/slic_speed.md
 
 OpenCV's is in its `ximgproc` module, which only opencv-contrib-python-headless has; without it the rows are left out.
 anomalib depends on opencv-python-headless, so keep the other one apart:

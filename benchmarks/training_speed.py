@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: images per second of each variant against Draem, painting included.
 
-    python benchmarks/training_speed.py --out docs/results/training_speed.md
+    python benchmarks/training_speed.py --out results/training_speed.md
 
 Each round is a short run of anomalib's Engine per model, on the same images, resized to 128 x 128 pixels, in batches
 of 4; both paint with the same folder of photographs, and ours paints every second image as Draem does. A step is the

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: minutes by variant and image size, and how far the predicted time is from the real one.
 
-    python benchmarks/training_time.py --out docs/results/training_time.md
+    python benchmarks/training_time.py --out results/training_time.md
 
 Minutes are of 2,000 steps of 8 out of 300 images, 70 % of them stage one's, with painting, data loading and optimiser,
 without validations. They follow from the steps that the model times itself, eight of each stage. Images are crops of

@@ -2,7 +2,7 @@
 """What a closer look is worth: the default on reduced images, with zoom, and on the whole images outright.
 
     python benchmarks/zoom.py --root path/to/images --categories capsule grid macaroni1 --out results/zoom.csv
-    python -m anomalib_twostage.benchmark.report results/zoom.csv --out docs/results/zoom
+    python -m anomalib_twostage.benchmark.report results/zoom.csv --out results/zoom
 
 Each category is a folder with ``train/good``, ``test/good``, ``test/<kind>`` and ``ground_truth/<kind>``. All maps are
 measured against the masks as they lie in the folder. Trained weights are kept beside the table: the same command goes

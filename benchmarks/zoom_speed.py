@@ -2,7 +2,7 @@
 """What a closer look costs: inference with zoom beside the reduced and the whole image outright.
 
     python benchmarks/zoom_speed.py --root path/to/images --category macaroni1 --weights results/zoom \
-        --out docs/results/zoom_speed.md
+        --out results/zoom_speed.md
     python benchmarks/zoom_speed.py --root ... --category ... --weights ... --runtime openvino --out ...
 
 The models are those that benchmarks/zoom.py has trained; without zoom an untrained one whose memory is full stands for

@@ -38,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(images: Path) -> Path:
     (command,) = re.findall(r"^    python (.*)$", SCRIPT.read_text(), flags=re.MULTILINE)
     command = command.replace("examples/walkthrough.py", str(SCRIPT)).replace("path/to/", "")
-    tiny = ["--image_size", "64", "--segment_size", "8", "--steps", "40", "--threshold", "0.4"]
+    tiny = ["--variant", "small", "--image_size", "64", "--segment_size", "8", "--steps", "40", "--threshold", "0.4"]
     result = subprocess.run(
         [sys.executable, *command.split(), *tiny],
         cwd=images,

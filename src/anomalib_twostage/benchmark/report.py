@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and a figure of a comparison.
 
-    python -m anomalib_twostage.benchmark.report results.csv --out docs/results/name
+    python -m anomalib_twostage.benchmark.report results.csv --out results/name
 
 writes ``name.md`` with the tables and ``name.png`` with the figure. Several CSV files are put together.
 """

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import csv
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anomalib.data import ImageBatch, InferenceBatch, PredictDataset
@@ -168,6 +171,31 @@ class TestWriteRegions:
         assert (tmp_path / "regions.csv").read_text().strip() == ",".join(COLUMNS)
         assert json.loads((tmp_path / "regions.json").read_text()) == []
 
+    def test_file_names_that_are_no_text(self, tmp_path: Path) -> None:
+        names = [os.fsdecode(b"a\xff.png"), "\ud800.png", "ü\U0001f600.png"]
+        regions = [replace(REGIONS[0], image_path=name) for name in names]
+        write_regions(regions, tmp_path / "regions.csv")
+        write_regions(regions, tmp_path / "regions.json")
+        table = pd.read_csv(tmp_path / "regions.csv")
+        assert table["image_path"].tolist() == ["a\\udcff.png", "\\ud800.png", "ü\U0001f600.png"]
+        rows = json.loads((tmp_path / "regions.json").read_text(encoding="utf-8"))
+        assert [row["image_path"] for row in rows] == names
+
+    def test_scores_that_are_not_finite(self, tmp_path: Path) -> None:
+        values = [float("inf"), -float("inf"), float("nan"), 0.5]
+        regions = [replace(REGIONS[0], mean_score=value, peak_score=value) for value in values]
+        write_regions(regions, tmp_path / "regions.csv")
+        write_regions(regions, tmp_path / "regions.json")
+        table = pd.read_csv(tmp_path / "regions.csv")
+        for name in ("mean_score", "peak_score"):
+            np.testing.assert_array_equal(table[name], values)
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(constant)
+
+        rows = json.loads((tmp_path / "regions.json").read_text(encoding="utf-8"), parse_constant=refuse)
+        assert [(row["mean_score"], row["peak_score"]) for row in rows] == [(None, None)] * 3 + [(0.5, 0.5)]
+
     def test_a_file_is_replaced_whole_or_not_at_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "regions.json"
         write_regions(REGIONS, path)
@@ -316,6 +344,30 @@ class TestRegionWriter:
         run(RegionWriter(), Bright(), batches, tmp_path, "test")
         with (tmp_path / "regions_test.csv").open(newline="") as file:
             assert {row["image_x_max"] for row in csv.DictReader(file)} == {""}
+
+    def test_of_several_processes_each_image_counts_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def regions_of(path: str | None, shift: float) -> list[Region]:
+            # In batches of another size, scores differ in their last bits.
+            return [Region(path, Box(x, 0, x + 4, 4), None, 16, 0.6 + shift, 0.7 + shift) for x in (0, 8)]
+
+        shares = [
+            [*regions_of("a.png", 0), *regions_of("c.png", 0), *regions_of(None, 0)],
+            [*regions_of("b.png", 0), *regions_of("a.png", 6e-8), *regions_of(None, 0)],
+        ]
+
+        def gather(result: list, share: list) -> None:
+            assert share == shares[0]
+            result[:] = shares
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        writer = RegionWriter(file_format="json")
+        writer._regions = shares[0]
+        trainer = SimpleNamespace(world_size=2, is_global_zero=True, default_root_dir=tmp_path)
+        writer.finish(trainer, Bright(), "test")
+        rows = json.loads((tmp_path / "regions_test.json").read_text())
+        paths = ["a.png", "a.png", "c.png", "c.png", None, None, "b.png", "b.png", None, None]
+        assert [row["image_path"] for row in rows] == paths
+        assert [row["x_min"] for row in rows] == [0, 8] * 5
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callbacks of this package that read predictions share: when a batch is ready to be read."""
+"""What callbacks of this package that read predictions share: when a batch is ready, and what other processes read."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["PredictionReader"]
+__all__ = ["PredictionReader", "gathered"]
+
+_Found = TypeVar("_Found")
 
 
 class PredictionReader(Callback, ABC):
@@ -79,3 +83,29 @@ class PredictionReader(Callback, ABC):
         batch, self._waiting = self._waiting, None
         if batch is not None:
             self.read(trainer, pl_module, batch)
+
+
+def gathered(trainer: Trainer, found: list[_Found], path_of: Callable[[_Found], str | None]) -> list[_Found]:
+    """What all processes found.
+
+    The sampler hands some images to two processes, so that all have equally many. Of these the first one's findings
+    are taken; the second one's need not be the same, as scores depend on the batch in their last bits.
+
+    Args:
+        trainer: The trainer.
+        found: What this process found, any number for an image.
+        path_of: The file of the image that something was found in; what has none is taken from every process.
+
+    Returns:
+        The same in all processes.
+    """
+    if trainer.world_size == 1:
+        return found
+    shares: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(shares, found)
+    everything: list[_Found] = []
+    seen: set[str | None] = set()
+    for share in shares:
+        everything += [each for each in share if path_of(each) not in seen]
+        seen |= {path_of(each) for each in share} - {None}
+    return everything

@@ -6,6 +6,7 @@ but not including, ``x_max`` and ``y_max``, so that its width is ``x_max - x_min
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from skimage.measure import label, regionprops
 from anomalib_twostage.common.files import written_whole
 
 from .placement import FilePlacement
-from .prediction_reader import PredictionReader
+from .prediction_reader import PredictionReader, gathered
 
 __all__ = ["Box", "Region", "RegionWriter", "find_regions", "write_regions"]
 
@@ -126,8 +127,9 @@ def write_regions(regions: Iterable[Region], path: str | Path) -> None:
     """Write regions to a CSV file with one row, or a JSON file with one object, per region.
 
     The columns are those of :class:`Region`, with its boxes as four columns each: ``x_min`` to ``y_max`` and
-    ``image_x_min`` to ``image_y_max``. What is unknown is empty in CSV and null in JSON. A file that is there is
-    replaced once the new one is complete.
+    ``image_x_min`` to ``image_y_max``. What is unknown is empty in CSV and null in JSON, which has null also for scores
+    that are not finite. What in a path is no text, as in names from old file systems, is escaped. A file that is there
+    is replaced once the new one is complete.
 
     Args:
         regions: Any number of regions, also none.
@@ -140,13 +142,15 @@ def write_regions(regions: Iterable[Region], path: str | Path) -> None:
     path = Path(path)
     _check_suffix(path)
     rows = [_row(region) for region in regions]
+    escaped: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # not all paths are text
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as partial:
             if path.suffix == ".json":
-                partial.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                rows = [{name: _or_null(value) for name, value in row.items()} for row in rows]
+                partial.write_text(json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n", **escaped)
             else:
-                pd.DataFrame(rows, columns=_COLUMNS, dtype=object).to_csv(partial, index=False)
+                pd.DataFrame(rows, columns=_COLUMNS, dtype=object).to_csv(partial, index=False, **escaped)
     except OSError as error:
         msg = f"Cannot write regions to {path} ({error.strerror or error}): free the place or choose another."
         raise OSError(msg) from error
@@ -224,12 +228,7 @@ class RegionWriter(PredictionReader):
             OSError: If the file cannot be written.
         """
         del pl_module
-        regions = self._regions
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, regions)
-            # The sampler hands some images to two processes, so that all have equally many.
-            regions = list(dict.fromkeys(region for share in shares for region in share))
+        regions = gathered(trainer, self._regions, lambda region: region.image_path)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir if self.output_dir is None else self.output_dir)
             write_regions(regions, folder / f"regions_{stage}.{self.file_format}")
@@ -289,6 +288,11 @@ def _row(region: Region) -> dict[str, Any]:
     image_box = region.image_box or (None, None, None, None)
     scores = (region.mean_score, region.peak_score)
     return dict(zip(_COLUMNS, (region.image_path, *region.box, *image_box, region.area, *scores), strict=True))
+
+
+def _or_null(value: Any) -> Any:
+    """The value as JSON can hold it, which knows neither infinity nor NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check_area(min_area: int) -> None:

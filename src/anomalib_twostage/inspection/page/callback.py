@@ -4,13 +4,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from anomalib_twostage.inspection.placement import FilePlacement
-from anomalib_twostage.inspection.prediction_reader import PredictionReader
+from anomalib_twostage.inspection.prediction_reader import PredictionReader, gathered
 
-from .rows import PageHead, Row
+from .rows import PageHead
 from .writer import PageWriter, check_settings
 
 __all__ = ["InspectionPage"]
@@ -27,7 +26,7 @@ class InspectionPage(PredictionReader):
     The folder appears when the page is complete, and then replaces an older page.
 
     Args:
-        output_dir: Folder of the page; by default ``inspection`` in the run's folder.
+        output_dir: Folder of the page, for it alone; by default ``inspection`` in the run's folder.
         picture_size: Longer side of the large pictures in pixels, at least 64.
         min_area: Smallest region in pixels of the anomaly map.
 
@@ -93,15 +92,11 @@ class InspectionPage(PredictionReader):
 
         Raises:
             ValueError: If there were no images.
-            OSError: If the page cannot be written.
+            OSError: If the page cannot be written, or something else has come to lie in its folder meanwhile.
         """
         writer, self._writer = self._writer, None
         assert writer is not None  # made in begin
-        rows = writer.rows
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, rows)
-            rows = _without_repeats(shares)
+        rows = gathered(trainer, writer.rows, lambda row: row.path)
         if trainer.is_global_zero:
             head = PageHead(
                 title=f"{type(pl_module).__name__}, {stage}",
@@ -139,13 +134,3 @@ def _origin(pl_module: LightningModule) -> list[str]:
     rate, finest = 100 * getattr(post_processor, "false_alarm_rate", 0.0), 100 / (count + 1)
     limit = f", but {count} images cannot tell rates below {finest:.2g} %" if rate < finest else ""
     return [f"The model's thresholds come from {count} good images alone, for {rate:.4g} % false alarms{limit}."]
-
-
-def _without_repeats(shares: list[list[Row]]) -> list[Row]:
-    """The images of all processes. The sampler hands some to two of them, so that all have equally many."""
-    rows: list[Row] = []
-    seen: set[str] = set()
-    for share in shares:
-        rows += [row for row in share if row.path not in seen]
-        seen |= {row.path for row in share if row.path}
-    return rows

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The template is of good images: cropped and resized as in training, without paint and chance, however wrapped."""
 
+import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torchvision.transforms import v2
 
 from anomalib_twostage import PerlinAnomaly
 from anomalib_twostage.model.checks import FileCheck
-from anomalib_twostage.model.good_images import good_images
+from anomalib_twostage.model.good_images import good_images, image_number
 from tests.integration.conftest import write_dataset
 
 from .test_lightning_model import make_data, make_engine, make_model
@@ -100,3 +102,9 @@ def test_of_many_images_some_evenly_spaced_ones_are_read(dataset: Path) -> None:
         [image for image, _ in good_images(training_set(dataset, None), 3, v2.Resize((30, 40)), FileCheck())]
     )
     assert torch.allclose(images, v2.Resize((30, 40))(files(dataset)[::2]), atol=1e-6)
+
+
+def test_every_file_name_has_a_number_of_its_own() -> None:
+    paths = ["good/1.png", "good/ü 日本.png", os.fsdecode(b"good/\xff.png"), "good/\ud800.png"]
+    assert len({image_number(path) for path in paths}) == 4
+    assert [image_number(path) for path in paths[:2]] == [zlib.crc32(path.encode("utf-8")) for path in paths[:2]]

@@ -39,7 +39,7 @@ def training_data(trainer: Trainer) -> Any:
 
 def image_number(path: str | None, index: int = -1) -> int:
     """The number by which an image is known again: of its file, or, without one, its place among the others."""
-    return index if path is None else zlib.crc32(path.encode())
+    return index if path is None else zlib.crc32(path.encode(errors="surrogatepass"))  # not all names are text
 
 
 @torch.compiler.disable  # a compiler knows no checksums

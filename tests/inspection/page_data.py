@@ -2,6 +2,7 @@
 """Predictions and pages for the tests of the inspection page."""
 
 import json
+import struct
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def predictions(
     if truths is not None:
         settings["gt_mask"] = (maps > 0.5 * values.view(-1, 1, 1)) & labels.view(-1, 1, 1)
     return ImageBatch(**{**settings, **fields})
+
+
+def huge_image() -> bytes:
+    """The head of a BMP file of 400 megapixels, which Pillow refuses to open."""
+    return b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 20_000, 20_000, 1, 24, 0, 0, 0, 0, 0, 0)
 
 
 class _Data(HTMLParser):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,6 +14,8 @@ from anomalib_twostage import PerlinAnomaly, SuperpixelAnomaly
 from anomalib_twostage.inspection.preview import draw_paint, main, read_images
 from anomalib_twostage.pseudo_anomaly import vary_illumination
 from tests.conftest import photograph
+
+from .page_data import huge_image
 
 
 @pytest.fixture
@@ -107,6 +111,13 @@ def test_the_command_paints_with_the_given_textures_and_opacity(good: Path, tmp_
     assert magenta("--texture_dir", str(tmp_path / "textures")) > 2 * magenta()
 
 
+def with_empty_gamma(png: bytes) -> bytes:
+    """A PNG with a chunk of gamma that holds none, of which Pillow says nothing but what is wrong with the chunk."""
+    end_of_header = 33
+    chunk = struct.pack(">I4sI", 0, b"gAMA", zlib.crc32(b"gAMA"))
+    return png[:end_of_header] + chunk + png[end_of_header:]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -125,15 +136,19 @@ def test_the_command_paints_with_the_given_textures_and_opacity(good: Path, tmp_
         (["good", "--opacity", "0.9", "0.1"], "opacity.*0.9, 0.1"),
         (["good", "--texture_dir", "missing"], "missing"),
         (["broken"], "broken.png as an image"),
+        (["huge"], "huge.png as an image .*400000000 pixels"),
+        (["damaged"], "damaged.png as an image"),
         (["deep"], "deep.png.*8 bits"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_written(
     change: list[str], message: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    for name in ("empty", "broken", "deep", "pictures.png"):
+    for name in ("empty", "broken", "huge", "damaged", "deep", "pictures.png"):
         (tmp_path / name).mkdir()
     (tmp_path / "broken/broken.png").write_bytes((good / "0.png").read_bytes()[:500])
+    (tmp_path / "huge/huge.png").write_bytes(huge_image())
+    (tmp_path / "damaged/damaged.png").write_bytes(with_empty_gamma((good / "0.png").read_bytes()))
     Image.fromarray(np.full((64, 64), 3000, np.uint16)).save(tmp_path / "deep/deep.png")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

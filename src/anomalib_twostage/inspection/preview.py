@@ -18,7 +18,7 @@ from lightning.fabric.utilities.seed import max_seed_value
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
-from anomalib_twostage.common.bit_depth import refuse_deep_image
+from anomalib_twostage.common.bit_depth import has_deep_channels, refuse_deep_image
 from anomalib_twostage.common.spacing import evenly_spaced
 from anomalib_twostage.pseudo_anomaly import PerlinAnomaly, PseudoAnomalyTransform, SuperpixelAnomaly, training_images
 
@@ -153,9 +153,10 @@ def _preview(options: argparse.Namespace) -> dict[str, torch.Tensor]:
 def _read(path: Path, image_size: tuple[int, int]) -> torch.Tensor:
     try:
         with Image.open(path) as file:
-            refuse_deep_image(file, path)
-            image = transforms.to_dtype(transforms.to_image(file.convert("RGB")), torch.float32, scale=True)
-    except (OSError, SyntaxError) as error:
-        msg = f"Cannot read {path} as an image: repair it or take it out of the folder."
+            pixels = file if has_deep_channels(file) else file.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files, and on very large ones
+        msg = f"Cannot read {path} as an image ({error}): repair it or take it out of the folder."
         raise ValueError(msg) from error
+    refuse_deep_image(pixels, path)
+    image = transforms.to_dtype(transforms.to_image(pixels), torch.float32, scale=True)
     return transforms.resize(image.as_subclass(torch.Tensor), list(image_size), antialias=True)

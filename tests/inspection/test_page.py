@@ -3,6 +3,7 @@ import errno
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.cli import AnomalibCLI
-from anomalib.data import ImageBatch, InferenceBatch, PredictDataset, VideoBatch
+from anomalib.data import ImageBatch, InferenceBatch, NumpyImageBatch, PredictDataset, VideoBatch
 from anomalib.engine import Engine
 from anomalib.models import Padim
 from PIL import Image
@@ -20,7 +21,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from anomalib_twostage import InspectionPage, MidwayPostProcessor, TwoStageSuperpixel, find_regions, write_page
 from anomalib_twostage.inspection.page.command import main
 
-from .page_data import SIDE, predictions, read_page
+from .page_data import SIDE, huge_image, predictions, read_page
 from .test_regions import Bright, files, run
 
 SCORES, TRUTHS = [0.2, 0.9, 0.4, 0.7, 0.55], [False, True, True, True, False]
@@ -29,6 +30,11 @@ SCORES, TRUTHS = [0.2, 0.9, 0.4, 0.7, 0.55], [False, True, True, True, False]
 def picture(folder: Path, kind: str, key: str) -> np.ndarray:
     suffix = "png" if kind in ("maps", "truths") else "jpg"
     return np.asarray(Image.open(folder / kind / f"{key}.{suffix}"))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """What each file in a folder holds, or the file itself."""
+    return {path: path.read_bytes() for path in (folder, *folder.rglob("*")) if path.is_file()}
 
 
 class TestWritePage:
@@ -66,15 +72,23 @@ class TestWritePage:
             assert abs(pixels.astype(int) - color).max() < 6
             assert image["size"] == ([900, 300] if whole else [32, 32])
 
-    def test_deep_and_broken_files_and_normalized_images_are_shown_as_the_model_saw_them(self, tmp_path: Path) -> None:
+    def test_deep_broken_and_huge_files_and_normalized_images_are_shown_as_the_model_saw_them(
+        self, tmp_path: Path
+    ) -> None:
         Image.fromarray(np.full((8, 8), 60000, np.uint16)).save(tmp_path / "deep.png")
         (tmp_path / "broken.png").write_bytes(b"no image")
         images = torch.stack(
-            [torch.full((3, SIDE, SIDE), 0.25), torch.linspace(-3, 3, 3 * SIDE**2).view(3, SIDE, SIDE)]
+            [
+                torch.full((3, SIDE, SIDE), 0.25),
+                torch.linspace(-3, 3, 3 * SIDE**2).view(3, SIDE, SIDE),
+                torch.ones(3, SIDE, SIDE),
+            ]
         )
-        paths = [str(tmp_path / "deep.png"), str(tmp_path / "broken.png")]
-        page = write_page([predictions([0.1, 0.2], image=images, image_path=paths)], tmp_path / "page").parent
+        (tmp_path / "huge.bmp").write_bytes(huge_image())
+        paths = [str(tmp_path / name) for name in ("deep.png", "broken.png", "huge.bmp")]
+        page = write_page([predictions([0.1, 0.2, 0.3], image=images, image_path=paths)], tmp_path / "page").parent
         assert abs(picture(page, "images", "00001").astype(int) - 64).max() <= 1
+        assert picture(page, "images", "00003").min() >= 254
         stretched = picture(page, "images", "00002")
         assert stretched.min() < 20
         assert stretched.max() > 235
@@ -114,6 +128,25 @@ class TestWritePage:
         data, _ = read_page(write_page([bare], tmp_path / "page").parent)
         assert [image["name"] for image in data["images"]] == [f"image {i}" for i in range(1, 6)]
 
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_arrays_with_their_channels_last_are_shown_as_tensors_are(self, channels: int, tmp_path: Path) -> None:
+        # Also one that is as high as others have channels.
+        for sides in ((20, 24), (3, 24)):
+            images = torch.rand(2, channels, *sides)
+            tensors = InferenceBatch(pred_score=torch.tensor([0.2, 0.8]), anomaly_map=torch.rand(2, 32, 32))
+            arrays = NumpyImageBatch(
+                image=images.permute(0, 2, 3, 1).numpy(),
+                pred_score=tensors.pred_score.numpy(),
+                anomaly_map=tensors.anomaly_map.numpy(),
+            )
+            expected = write_page([SimpleNamespace(**tensors._asdict(), image=images)], tmp_path / "expected").parent
+            for made_of in ([arrays], list(arrays)):
+                page = write_page(made_of, tmp_path / "page").parent
+                assert [image["size"] for image in read_page(page)[0]["images"]] == [list(sides[::-1])] * 2
+                for kind in ("images", "thumbs"):
+                    for key in ("00001", "00002"):
+                        np.testing.assert_array_equal(picture(page, kind, key), picture(expected, kind, key))
+
     def test_names_are_data(self, tmp_path: Path) -> None:
         names = [
             "<script>alert(1)</script>.png",
@@ -147,6 +180,54 @@ class TestWritePage:
         write_page([predictions([0.9])], tmp_path / "page")
         assert len(list((tmp_path / "page/maps").iterdir())) == 1
         assert [path.name for path in tmp_path.iterdir()] == ["page"]
+
+    @pytest.mark.parametrize(
+        "name", ["notes.txt", "images/holiday.jpg", "images/00001.png", "maps/more/a.txt", "stages"]
+    )
+    def test_what_else_lies_in_an_older_page_is_kept(self, name: str, tmp_path: Path) -> None:
+        page = write_page([predictions([0.1], [True])], tmp_path / "page").parent
+        (page / name).parent.mkdir(exist_ok=True)
+        (page / name).write_text("mine")
+        before = contents(tmp_path)
+        entry = name.removesuffix("/a.txt")
+        with pytest.raises(FileExistsError, match=rf"{page} holds something else .*{entry}.* name another"):
+            write_page([predictions([0.9])], page)
+        assert contents(tmp_path) == before
+
+    @pytest.mark.parametrize("older", [True, False])
+    @pytest.mark.parametrize("name", [".", "notes.txt", "images/holiday.jpg"])
+    def test_what_comes_into_the_folder_on_the_way_is_kept_and_so_is_the_new_page(
+        self, name: str, older: bool, tmp_path: Path
+    ) -> None:
+        page, mine = tmp_path / "page", tmp_path / "page" / name
+        before: dict[Path, bytes] = {}
+
+        def batches() -> Iterator[ImageBatch]:
+            yield predictions([0.1])
+            if name == ".":
+                shutil.rmtree(page, ignore_errors=True)
+            mine.parent.mkdir(parents=True, exist_ok=True)
+            mine.write_text("mine")
+            before.update(contents(page))
+            yield predictions([0.9])
+
+        kept = []
+        for _ in range(2):  # the second page is not kept in the place of the first
+            if page.is_dir():
+                shutil.rmtree(page)
+            page.unlink(missing_ok=True)
+            if older:
+                write_page([predictions([0.3])], page)
+            before.clear()
+            with pytest.raises(FileExistsError, match=rf"{page}\S* came to lie .* name another") as raised:
+                write_page(batches(), page)
+            assert contents(page) == before
+            (place,) = re.findall(r"The new page is (\S+)/index.html", str(raised.value))
+            kept.append(Path(place))
+            for folder in kept:
+                assert [image["score"] for image in read_page(folder)[0]["images"]] == pytest.approx([0.1, 0.9])
+        assert set(tmp_path.iterdir()) == {page, *kept}
+        assert len(set(kept)) == 2
 
     def test_what_fails_leaves_the_older_page_and_nothing_else(self, tmp_path: Path) -> None:
         page = write_page([predictions([0.1])], tmp_path / "page").parent
@@ -259,6 +340,19 @@ class TestWhatIsWrong:
         (image,) = read_page(write_page([InferenceBatch(anomaly_map=maps[:1])], page).parent)[0]["images"]
         assert image["score"] is None
 
+    @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+    def test_regions_that_are_not_finite(self, value: float, tmp_path: Path) -> None:
+        batch = predictions([0.9, 0.8])
+        batch.anomaly_map[0, 4:12, :8] = value
+        page = write_page([batch], tmp_path / "page").parent
+        data, _ = read_page(page)
+        assert data["mapRange"] == [0, 1]
+        assert [image["regions"][0][4:] for image in data["images"]] == [
+            [64, None, None],
+            pytest.approx([64, 0.8, 0.8]),
+        ]
+        assert (picture(page, "maps", "00001")[4:12, :8] == (255 if value > 0 else 0)).all()
+
     def test_files_that_were_predicted_twice_are_both_shown(self, tmp_path: Path) -> None:
         batches = [predictions([0.1, 0.2]), predictions([0.3, 0.4])]
         data, (remark,) = read_page(write_page(batches, tmp_path / "page").parent)
@@ -294,6 +388,9 @@ class TestCommand:
             ("evil.pt", "evil.pt holds more than predictions"),
             ("text.pt", "text.pt is no file of torch.save|text.pt holds more"),
             ("cut.pt", "cut.pt is no file of torch.save"),
+            ("nothing.pt", "nothing.pt is no file of torch.save"),
+            ("begun.pt", "begun.pt is no file of torch.save"),
+            ("damaged.pt", "damaged.pt is no file of torch.save"),
             ("weights.pt", "weights.pt holds a dict"),
             ("none.pt", "There are no predictions"),
             ("verdicts.pt", "nothing to sort by.*VlmAd gives verdicts alone.*Dfkde, Ganomaly"),
@@ -312,6 +409,10 @@ class TestCommand:
         Path("text.pt").write_text("no predictions")
         torch.save(predictions(SCORES), "cut.pt")
         Path("cut.pt").write_bytes(Path("cut.pt").read_bytes()[:-2000])
+        Path("nothing.pt").touch()
+        Path("begun.pt").write_bytes(b"\x80\x02")
+        torch.save(["name" * 9], "damaged.pt")
+        Path("damaged.pt").write_bytes(Path("damaged.pt").read_bytes().replace(b"namename", b"\xffamename"))
         torch.save({"weight": torch.zeros(2)}, "weights.pt")
         torch.save([], "none.pt")
         torch.save([InferenceBatch(pred_label=torch.tensor([True]))], "verdicts.pt")

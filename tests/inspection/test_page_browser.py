@@ -396,3 +396,16 @@ def test_pictures_are_loaded_as_they_are_scrolled_to(opened: Callable[..., Page]
     page.browser.execute_script("scrollTo(0, document.body.scrollHeight)")
     page.settle()
     assert page.browser.execute_script(loaded)[-1]
+
+
+def test_regions_that_are_not_finite(opened: Callable[..., Page]) -> None:
+    batch = predictions([0.9, 0.8])
+    batch.anomaly_map[0, 4:12, :8] = float("inf")
+    page = opened(batch)
+    page.all(".image")[0].click()
+    page.settle()
+    assert [row.text for row in page.all("#large-regions tbody tr")] == ["x 0 to 8, y 4 to 12 64 no number no number"]
+    assert len(page.all("#large-stack .box")) == 1
+    assert page.all(".below") == []
+    ActionChains(page.browser).send_keys(Keys.ARROW_RIGHT).perform()
+    assert [row.text for row in page.all("#large-regions tbody tr")] == ["x 1 to 9, y 4 to 12 64 0.800 0.800"]

@@ -103,11 +103,18 @@ def _load(file: Path) -> Any:
         with _allowed():
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        msg = f"{file} holds more than predictions, and no code from it is run: {str(error).splitlines()[0]}"
+        msg = f"{file} holds more than predictions, and no code from it is run: {_first_line(error)}"
         raise ValueError(msg) from error
-    except (EOFError, KeyError, RuntimeError) as error:
-        msg = f"{file} is no file of torch.save, or is damaged: {str(error).splitlines()[0]}"
+    except OSError:
+        raise
+    except Exception as error:  # damaged files make the unpickler raise many kinds, some of them without a word
+        msg = f"{file} is no file of torch.save, or is damaged: {_first_line(error)}"
         raise ValueError(msg) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says in its first line, or its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _batches(content: Any, file: Path) -> Iterator[Any]:

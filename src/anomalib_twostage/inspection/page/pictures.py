@@ -124,7 +124,7 @@ def _from_file(path: str, longest: int) -> tuple[Image.Image, tuple[int, int]] |
             size = file.size
             file.draft("RGB", (longest, longest))  # a JPEG much larger than needed is decoded small
             return file.convert("RGB"), size
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # Pillow's decoders raise many kinds on broken files, and on very large ones
         return None
 
 

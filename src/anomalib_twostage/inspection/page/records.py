@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from anomalib.data import NumpyImageBatch, NumpyImageItem
 
 from anomalib_twostage.inspection.regions import Region, find_regions
 
@@ -49,6 +50,7 @@ def read_predictions(batch: Any, pixel_threshold: float, min_area: int = 1) -> I
 
     Args:
         batch: ``ImageBatch``, ``ImageItem``, ``InferenceBatch`` or what else has their fields, as tensors or arrays.
+            Images have their channels first, but in ``NumpyImageBatch`` and ``NumpyImageItem`` last.
         pixel_threshold: Pixels of the anomaly map above it belong to a region, where there is no predicted mask.
         min_area: Smallest region in pixels of the map.
 
@@ -59,7 +61,7 @@ def read_predictions(batch: Any, pixel_threshold: float, min_area: int = 1) -> I
         TypeError: If it is no batch of images.
         ValueError: If there are neither scores nor maps, or different numbers of them.
     """
-    images, maps = _tensor(batch, "image"), _tensor(batch, "anomaly_map")
+    images, maps = _images(batch), _tensor(batch, "anomaly_map")
     scores = _flat(batch, "pred_score")
     if images is not None and images.ndim == 5:
         msg = f"The inspection page shows images, and this {type(batch).__name__} holds videos."
@@ -137,6 +139,13 @@ def _sides(planes: torch.Tensor) -> tuple[int, int]:
 def _tensor(batch: Any, name: str) -> torch.Tensor | None:
     value = getattr(batch, name, None)
     return None if value is None else torch.as_tensor(value).detach().cpu().as_subclass(torch.Tensor)
+
+
+def _images(batch: Any) -> torch.Tensor | None:
+    """Images with their channels first, ``(B, C, H, W)`` or ``(C, H, W)``."""
+    images = _tensor(batch, "image")
+    channels_last = isinstance(batch, NumpyImageBatch | NumpyImageItem)  # anomalib turns what they are made of
+    return images.movedim(-1, -3) if images is not None and channels_last else images
 
 
 def _flat(batch: Any, name: str) -> torch.Tensor | None:

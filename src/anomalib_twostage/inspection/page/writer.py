@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of the inspection page, written whole or not at all."""
 
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ __all__ = ["PageWriter", "check_settings", "write_page"]
 _FILES = Path(__file__).parent / "files"
 _ASSETS = ("page.css", "chart.js", "gallery.js", "large.js", "page.js")
 _FOLDERS = ("images", "thumbs", "maps", "truths", "stages")
+_PICTURE = re.compile(r"(images|thumbs|stages)/(\d+-)?\d{5,}\.jpg|(maps|truths)/(\d+-)?\d{5,}\.png")
 _MARK = '<meta name="generator" content="anomalib-twostage">'  # by which a page of ours is known; see index.html
 _MOST_REGIONS = 50  # of one image; more are no list to read
 
@@ -29,7 +33,8 @@ class PageWriter:
     Pictures go to a folder beside the page's, which takes its place when it is complete.
 
     Args:
-        folder: Folder of the page. If it is there already, it must be empty or an older page, which is replaced.
+        folder: Folder of the page. If it is there already, it must be empty or hold an older page, which is replaced,
+            and nothing else.
         picture_size: Longer side of the large pictures in pixels.
         min_area: Smallest region in pixels of the anomaly map.
         partial: Folder for the pictures, if another process has made it.
@@ -98,6 +103,8 @@ class PageWriter:
 
         Raises:
             ValueError: If there are no images.
+            FileExistsError: If something else has come to lie in the folder meanwhile. It stays, and the page lies
+                beside the folder.
             OSError: If it cannot be written.
         """
         rows = self.rows if rows is None else list(rows)
@@ -107,11 +114,20 @@ class PageWriter:
             raise ValueError(msg)
         try:
             self._write(head, rows)
-            _swap(self.partial, self.folder)
+            stranger = next(_strangers(self.folder), None)  # again, as a run takes long
+            if stranger is None:
+                _swap(self.partial, self.folder)
+                return self.folder / "index.html"
+            beside = next(place for n in count(2) if not (place := Path(f"{self.folder}-{n}")).exists())
+            self.partial.rename(beside)
         except OSError as error:
             self.discard()
             raise _cannot_write(self.folder, error) from error
-        return self.folder / "index.html"
+        msg = (
+            f"While the inspection page was made, {stranger} came to lie where it should go. The new page is "
+            f"{beside / 'index.html'}; next time, name another output folder, which nothing else writes to."
+        )
+        raise FileExistsError(msg)
 
     def discard(self) -> None:
         """Remove what was written so far; an older page stays."""
@@ -140,7 +156,9 @@ class PageWriter:
             height, width = values.shape
             x_min, y_min, x_max, y_max = region.box
             box = (x_min / width, y_min / height, x_max / width, y_max / height)
-            regions.append([*(round(edge, 5) for edge in box), region.area, region.mean_score, region.peak_score])
+            # JSON has no other numbers than finite ones.
+            scores = (score if math.isfinite(score) else None for score in (region.mean_score, region.peak_score))
+            regions.append([*(round(edge, 5) for edge in box), region.area, *scores])
         return Row(
             key=key,
             path=prediction.path,
@@ -206,7 +224,8 @@ def write_page(
     Args:
         predictions: What ``Engine.predict`` returned, or a list of what an inferencer did; for the names of the images
             and for large pictures their field ``image_path`` must be set.
-        folder: Folder of the page. If it is there already, it must be empty or an older page, which is replaced.
+        folder: Folder of the page. If it is there already, it must be empty or hold an older page, which is replaced,
+            and nothing else.
         image_sensitivity: What the predictions were made with, for the threshold: 1 less it.
         pixel_sensitivity: Likewise, for the maps.
         title: Headline.
@@ -252,20 +271,37 @@ def check_settings(picture_size: int, min_area: int) -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
+    try:
+        stranger = next(_strangers(folder), None)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    if stranger == folder:
+        msg = f"Cannot write the inspection page to {folder}, which is a file: name another folder."
+        raise FileExistsError(msg)
+    if stranger is not None:
+        name = stranger.relative_to(folder)
+        msg = (
+            f"The folder {folder} holds something else than an inspection page ({name}): empty it or name another one."
+        )
+        raise FileExistsError(msg)
+
+
+def _strangers(folder: Path) -> Iterator[Path]:
+    """What would be lost if a page took the place of this folder, or file, and is not of an older page."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        msg = f"Cannot write the inspection page to {folder}, which is a file: name another folder."
-        raise FileExistsError(msg)
+        yield folder
+        return
     index = folder / "index.html"
-    try:
-        is_page = index.is_file() and _MARK in index.read_text("utf-8", errors="replace")[:1000]
-        if is_page or not any(folder.iterdir()):
-            return
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    msg = f"The folder {folder} holds something else than an inspection page: empty it or name another one."
-    raise FileExistsError(msg)
+    is_page = index.is_file() and _MARK in index.read_text("utf-8", errors="replace")[:1000]
+    for entry in sorted(folder.iterdir()):
+        if not is_page:
+            yield entry
+        elif entry.name in _FOLDERS and entry.is_dir():
+            yield from (path for path in entry.iterdir() if not _PICTURE.fullmatch(f"{entry.name}/{path.name}"))
+        elif entry.name not in (index.name, *_ASSETS):
+            yield entry
 
 
 def _swap(new: Path, folder: Path) -> None:

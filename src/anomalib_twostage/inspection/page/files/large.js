@@ -15,6 +15,9 @@ function makeLarge(dialog, neighbors) {
   // Shares of the map's side come rounded, so what is a whole pixel but for that is meant to be one.
   const pixels = (from, to, side) => `${Math.floor(from * side + 0.02)} to ${Math.ceil(to * side - 0.02)}`;
 
+  // Infinite ones come without a value.
+  const score = value => value === null ? "no number" : value.toFixed(3);
+
   function fillRegions(image) {
     const body = part("regions").tBodies[0];
     const boxes = [];
@@ -26,12 +29,13 @@ function makeLarge(dialog, neighbors) {
       const box = boxed(image, region);
       const cells = [
         `x ${pixels(left, right, width)}, y ${pixels(top, bottom, height)}`,
-        String(area), mean.toFixed(3), peak.toFixed(3),
+        String(area), score(mean), score(peak),
       ];
       for (const text of cells) row.insertCell().textContent = text;
       // A region that the pixel threshold has left behind.
-      row.classList.toggle("below", peak <= pixelThreshold);
-      box.classList.toggle("below", peak <= pixelThreshold);
+      const isBelow = peak !== null && peak <= pixelThreshold;
+      row.classList.toggle("below", isBelow);
+      box.classList.toggle("below", isBelow);
       row.addEventListener("mouseenter", () => box.classList.add("pointed"));
       row.addEventListener("mouseleave", () => box.classList.remove("pointed"));
       boxes.push(box);

@@ -143,6 +143,20 @@ def test_one_image_is_enough() -> None:
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("copies", [1, 4])
+def test_one_image_or_copies_of_it_tell_a_spot_from_the_rest(copies: int, caplog: pytest.LogCaptureFixture) -> None:
+    model = two_stage_superpixel_model("default").eval()
+    image, other = (image for image, _ in good_images(2))
+    model.remember((image, number) for number in range(copies))
+    assert "how far good images are from each other" in caplog.text
+    good, spotted = model.seen(torch.stack([other, with_a_spot(other)])).distance
+    assert spotted.max() < 1
+    assert spotted[0, 28:36, 28:36].min() > good.max()
+    caplog.clear()
+    model.remember(good_images(2))
+    assert not caplog.text
+
+
 def test_no_image_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one good image"):
         two_stage_superpixel_model("default").remember([])

@@ -149,6 +149,32 @@ def test_a_single_image_finds_itself_for_want_of_others() -> None:
     assert found.distance.mean() < 1
 
 
+@pytest.mark.parametrize("sources", [[3, 3, 3], [1, 2, 3]], ids=["one image", "three copies"])
+def test_without_two_images_that_differ_the_unit_is_the_features_spread(sources: list[int]) -> None:
+    patches = as_patches(good_features(1))
+    memory = PatchMemory(CHANNELS, 4 * len(patches))
+    measured = memory.fit(patches.repeat(3, 1), torch.tensor(sources).repeat_interleave(len(patches)))
+    assert not measured
+    assert float(memory.scale) == 1
+    expected = cdist(as_patches(good_features(2)[[1]]), patches).min(axis=1) / np.sqrt(2 * CHANNELS)
+    assert np.allclose(memory(good_features(2)[[1]]).distance.flatten(), expected, atol=1e-4)
+
+
+def test_a_compiled_training_does_not_find_its_own_patches_either() -> None:
+    memory, _, _ = fitted()
+    images, numbers = good_features(10)[[4, 7]], torch.tensor([4, 7])
+    torch._dynamo.reset()
+    compiled = torch.compile(memory, backend="eager")
+    torch.testing.assert_close(compiled(images, numbers), memory(images, numbers))
+    assert not torch.allclose(memory(images).distance, memory(images, numbers).distance)
+
+
+def test_no_images_have_no_distances() -> None:
+    memory, _, _ = fitted()
+    for numbers in (None, torch.empty(0, dtype=torch.int64)):
+        assert memory(good_features()[:0], numbers).distance.shape == (0, 1, 7, 9)
+
+
 def test_images_that_are_all_alike_give_finite_distances() -> None:
     sums, statistics, memory = FeatureSums(), PlaceStatistics(CHANNELS), PatchMemory(CHANNELS, 10)
     alike = torch.full((4, CHANNELS, 5, 5), 0.7)

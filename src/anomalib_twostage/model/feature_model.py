@@ -7,6 +7,7 @@ distance to the memory has a voice in the final map, beside what the stages have
 its rank.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from .memory import FeatureSums, PatchMemory, PlaceStatistics, as_patches
 from .torch_model import Seen, TwoStageSuperpixelModel, Way
 
 __all__ = ["FeatureTemplate", "FeatureTwoStageModel", "in_quarters"]
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 8
 _PER_IMAGE = 1024  # patches that a memory looks at, so that large images stay within bounds
@@ -140,10 +143,17 @@ class FeatureTemplate(nn.Module):
             sources += numbers
         for statistics, own in zip(self.statistics, sums, strict=True):
             statistics.fit(own)
+        measured = True
         for memory, statistics, own_patches in zip(self.memories, self.statistics, patches, strict=False):
             lengths = torch.tensor([len(one) for one in own_patches])
             middle, spread = (value.flatten().repeat(2) for value in (statistics.middle, statistics.spread))
-            memory.fit((torch.cat(own_patches) - middle) / spread, torch.tensor(sources).repeat_interleave(lengths))
+            scaled = (torch.cat(own_patches) - middle) / spread
+            measured &= memory.fit(scaled, torch.tensor(sources).repeat_interleave(lengths))
+        if not measured:
+            logger.warning(
+                "There is one good image, or all are alike: how far good images are from each other is not known, and "
+                "a fixed distance stands for it. Train with more good images for maps and scores that tell more."
+            )
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> Seen:

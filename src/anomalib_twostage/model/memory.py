@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from anomalib_twostage.common.buffers import resize_buffers
 from anomalib_twostage.common.spacing import evenly_spaced
+from anomalib_twostage.common.tracing import is_exporting
 
 __all__ = ["FeatureSums", "Nearest", "PatchMemory", "PlaceStatistics", "as_patches", "farthest_first"]
 
@@ -164,17 +165,21 @@ class PatchMemory(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
-    def fit(self, patches: torch.Tensor, sources: torch.Tensor) -> None:
+    def fit(self, patches: torch.Tensor, sources: torch.Tensor) -> bool:
         """Choose patches to keep, and take the scale of the distance.
 
-        The same patches give the same memory, on every process.
+        The same patches give the same memory, on every process. Where there is one image, or all are alike, distances
+        of good patches cannot be measured; those of their features' spread stand for them.
 
         Args:
             patches: Patches of good images ``(N, 2C)``; of more than 200,000, some evenly spaced ones are looked at.
             sources: Numbers of the images that they are from, ``(N,)`` int64.
 
+        Returns:
+            Whether distances could be measured.
+
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are no patches.
         """
         if len(patches) == 0:
             msg = "A memory needs at least one good patch, got none."
@@ -187,7 +192,10 @@ class PatchMemory(nn.Module):
             sources = torch.full_like(sources, -1)
         chosen = farthest_first(patches, self.size)
         self.patches, self.sources = patches[chosen], sources[chosen]
-        self.scale = self._usual_distance(patches, sources).clamp_min(_FLOOR)
+        usual = self._usual_distance(patches, sources)
+        measured = bool(usual > _FLOOR)
+        self.scale = usual if measured else torch.ones_like(usual)
+        return measured
 
     @torch.no_grad()
     def forward(self, features: torch.Tensor, numbers: torch.Tensor | None = None) -> Nearest:
@@ -202,17 +210,16 @@ class PatchMemory(nn.Module):
         """
         batch, channels, height, width = features.shape
         places = as_patches(features)
-        difference = places - self.patches[self._nearest(places, batch, numbers)]
+        difference = places - self.patches[self._nearest(places, batch, height * width, numbers)]
         distance = difference.square().mean(dim=1).sqrt() / self.scale
         shown = difference[:, :channels].clamp(-_LIMIT, _LIMIT).reshape(batch, height, width, channels)
         return Nearest(shown.permute(0, 3, 1, 2), distance.reshape(batch, 1, height, width))
 
-    def _nearest(self, places: torch.Tensor, batch: int, numbers: torch.Tensor | None) -> torch.Tensor:
+    def _nearest(self, places: torch.Tensor, batch: int, per_image: int, numbers: torch.Tensor | None) -> torch.Tensor:
         """Index of the nearest patch for each of ``(B * P, D)`` places: ``(B * P,)``."""
         half_lengths = self._half_lengths()
-        if torch.compiler.is_compiling():
+        if is_exporting():  # sizes are symbols there, and no image has a number
             return first_highest(self._similarity(places, half_lengths))
-        per_image = len(places) // batch
         if numbers is None:
             half_lengths = half_lengths.expand(batch, 1, -1)
         else:  # what is infinitely long is near to nothing
@@ -238,7 +245,7 @@ class PatchMemory(nn.Module):
         ``half_lengths`` are those of the patches, ``(N,)`` or as many as there are images, ``(B, 1, N)``.
         """
         patches = self.patches
-        if places.device.type != "cpu" and not torch.compiler.is_compiling():
+        if places.device.type != "cpu" and not is_exporting():
             # A user may allow products to be rounded (TF32). Halves with half the digits each lose none that count.
             (high, low), (patch_high, patch_low) = _halves(places), _halves(patches)
             places, patches = (
@@ -246,7 +253,7 @@ class PatchMemory(nn.Module):
                 torch.cat([patch_high, patch_low, patch_high], dim=1),
             )
         similarity = places @ patches.T  # with half the length taken off, most where |a - b|^2 is least
-        return similarity - half_lengths if torch.compiler.is_compiling() else similarity.sub_(half_lengths)
+        return similarity - half_lengths if is_exporting() else similarity.sub_(half_lengths)
 
     def _usual_distance(self, patches: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """The distance from patches to those of other images that one patch of a thousand exceeds."""

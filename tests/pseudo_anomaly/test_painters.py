@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from anomalib_twostage.pseudo_anomaly import (
     SuperpixelAnomaly,
     paint,
     painters,
+    training_images,
 )
 from tests.conftest import photograph, to_tensor
 from tests.integration.conftest import SIZE, write_dataset
@@ -304,6 +306,26 @@ def test_types_of_torchvision_are_kept(kind: type[PseudoAnomalyTransform]) -> No
     assert type(mask) is tv_tensors.Mask
     painted, mask = kind(probability=1.0)(image)
     assert type(painted) is tv_tensors.Image
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 52), (1, 40, 52), (2, 3, 40, 52)])
+@pytest.mark.parametrize("wrap", [torch.Tensor.clone, tv_tensors.Image], ids=["tensor", "Image"])
+@pytest.mark.parametrize("given", [False, True], ids=["no mask", "mask"])
+def test_transforms_after_the_painter_move_image_and_mask_together(
+    given: bool, wrap: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...]
+) -> None:
+    image = wrap(torch.rand(shape))
+    masks = [tv_tensors.Mask(torch.zeros(*shape[:-3], 1, *shape[-2:]))] if given else []
+    flip = v2.Compose([PerlinAnomaly(probability=1.0), v2.RandomHorizontalFlip(p=1.0)])
+    painted, mask = flip(image, *masks)
+    assert type(mask) is tv_tensors.Mask
+    assert mask.any()
+    assert torch.equal((painted != image.flip(-1)).any(dim=-3, keepdim=True), mask == 1)
+
+
+def test_training_goes_on_with_plain_tensors(kind: type[PseudoAnomalyTransform]) -> None:
+    made = training_images(torch.rand(2, 3, 40, 52), kind(probability=1.0))
+    assert [type(part) for part in made] == [torch.Tensor] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float64])

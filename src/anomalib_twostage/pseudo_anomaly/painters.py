@@ -87,8 +87,8 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
                 ``(B, 1, H, W)``. Both may come as one tuple.
 
         Returns:
-            The image in its own type and shape, and the mask: in the given mask's type and shape, or float32
-            ``(1, H, W)`` or ``(B, 1, H, W)`` in {0, 1}.
+            The image in its own type and shape, and the mask: in the given mask's type and shape, or a
+            ``tv_tensors.Mask``, float32 ``(1, H, W)`` or ``(B, 1, H, W)`` in {0, 1}.
 
         Raises:
             TypeError: If the input is not one image with at most one mask, or of another dtype.
@@ -101,7 +101,8 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
         if isinstance(image, tv_tensors.TVTensor):
             painted = tv_tensors.wrap(painted, like=image)
         if given is None:
-            return painted, mask if image.ndim == 4 else mask.squeeze(0)
+            # Transforms that follow would turn the image and leave a plain tensor beside it as it is.
+            return painted, tv_tensors.Mask(mask if image.ndim == 4 else mask.squeeze(0))
         joined = torch.maximum(given.as_subclass(torch.Tensor), mask.reshape(given.shape).to(given.dtype))
         return painted, tv_tensors.wrap(joined, like=given) if isinstance(given, tv_tensors.TVTensor) else joined
 

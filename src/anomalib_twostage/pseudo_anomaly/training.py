@@ -40,5 +40,6 @@ def training_images(
     """
     lit = vary_illumination(images)
     if mask is None:
-        return TrainingImages(lit, *painter(lit))
+        # As plain tensors: compilers stumble over torchvision's masks.
+        return TrainingImages(lit, *(part.as_subclass(torch.Tensor) for part in painter(lit)))
     return TrainingImages(lit, lit, mask.reshape(len(images), 1, *images.shape[-2:]).to(images.dtype))

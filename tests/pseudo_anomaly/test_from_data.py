@@ -12,7 +12,8 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from anomalib_twostage import PerlinAnomaly, SuperpixelAnomaly
-from anomalib_twostage.pseudo_anomaly import DataPainter, paints
+from anomalib_twostage.common.transforms import find_transforms
+from anomalib_twostage.pseudo_anomaly import DataPainter, PseudoAnomalyTransform, paints
 
 SIZE = 32
 IMAGES = torch.rand(40, 3, SIZE, SIZE)
@@ -128,3 +129,32 @@ def test_as_many_images_of_a_batch_are_painted_as_the_data_set_would_paint(augme
     assert masks.amax(dim=(1, 2, 3)).mean().item() == pytest.approx(share, abs=0.15)
     assert masks.shape == (200, 1, SIZE, SIZE)
     assert torch.equal((painted != images).any(dim=1, keepdim=True), masks.bool())
+
+
+@pytest.mark.parametrize(
+    ("augmentations", "count"),
+    [
+        (v2.RandomApply([perlin()], p=0.5), 1),
+        (v2.Compose([perlin(), v2.RandomChoice([perlin(), SuperpixelAnomaly()])]), 3),
+        (v1.Compose([perlin(), SuperpixelAnomaly()]), 2),
+        (nn.Sequential(perlin(), v2.RandomOrder([perlin()])), 2),
+    ],
+)
+def test_the_photographs_of_every_painter_move_with_the_model(
+    augmentations: Any, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painting = set()
+
+    def forward(self: PseudoAnomalyTransform, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        painting.add((id(self), self.textures.device.type))
+        return inputs
+
+    monkeypatch.setattr(PseudoAnomalyTransform, "forward", forward)
+    model = nn.Module()
+    model.painter = DataPainter(Images(augmentations, masks=True)).painter
+    model.to("meta").painter(IMAGES)
+    assert [device for _, device in painting] == ["meta"] * count
+    # Once each, and not in checkpoints.
+    assert len(list(model.buffers())) == count
+    assert len(find_transforms(model.painter, PseudoAnomalyTransform)) == count
+    assert model.state_dict() == {}

@@ -76,6 +76,9 @@ class BatchPainter(nn.Module):
     def __init__(self, transform: Any) -> None:
         super().__init__()
         self.transform = transform
+        # torchvision's containers keep painters in a plain list, so that their photographs would not move to the device
+        # with this module. By this name they are all that parts() finds in it: none twice.
+        self.transforms = nn.ModuleList(_painters(transform))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Paint images ``(B, C, H, W)``; returns them and the masks ``(B, 1, H, W)``, float32 in {0, 1}."""

@@ -2,6 +2,7 @@
 import copy
 import gc
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ class TestRefine:
         ({"blend": 1.5}, "got 1.5"),
         ({"segment_size": 0}, "segment_size must be at least 1 pixel, got 0"),
         ({"compactness": 0.0}, "compactness must be .*, got 0.0"),
+        ({"compactness": float("inf")}, "compactness must be .*, got inf"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -147,12 +149,22 @@ class TestForward:
         plain, model = Host(False).eval(), Host(False, post_processor()).eval()
         assert torch.equal(model(images).pred_score, plain(images).pred_score)
 
-    @pytest.mark.parametrize("nested", [False, True])
-    def test_sees_images_without_normalisation(self, nested: bool) -> None:
+    @pytest.mark.parametrize(
+        "container",
+        [
+            lambda *parts: Compose([*parts]),
+            lambda *parts: Compose([Compose([*parts])]),
+            nn.Sequential,
+            lambda *parts: Compose([nn.Sequential(*parts)]),
+        ],
+        ids=["Compose", "Compose in Compose", "Sequential", "Sequential in Compose"],
+    )
+    @pytest.mark.parametrize("contrast", [1.0, 0.1])  # the second stays about in [0, 1] when normalised
+    def test_sees_images_without_normalisation(self, container: Callable[..., Any], contrast: float) -> None:
         crop = [Resize((SIDE + 8, SIDE + 8), antialias=False), CenterCrop(SIDE)]
-        transform = Compose([Compose([*crop, IMAGENET])]) if nested else Compose([*crop, IMAGENET])
+        transform = container(*crop, IMAGENET)
         model = Host(PreProcessor(transform), post_processor(blend=1.0)).eval()
-        images = pictures(side=96)
+        images = pictures(side=96) * contrast + 0.5 * (1 - contrast)
         raw = Inner().eval()(transform(images)).anomaly_map
         # Rounding in the normalisation and back moves a pixel between segments at most.
         difference = (model(images).anomaly_map - snapped(Compose(crop)(images), raw)).abs()

@@ -10,7 +10,6 @@ nothing of its model either, so each looks out, as long as it lives, for a model
 
 import warnings
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_module_registration_hook
 from torchvision.transforms.v2 import Normalize
+
+from anomalib_twostage.common.transforms import find_transforms
 
 from .pooling import superpixel_mean
 from .slic import Slic
@@ -257,18 +258,11 @@ def _map_of(predictions: Batch | InferenceBatch) -> torch.Tensor:
 
 def _without_normalisation(images: torch.Tensor, pre_processor: nn.Module | None) -> torch.Tensor:
     """Undo every ``Normalize`` of the pre-processor. What else it does is geometry, in which both orders are alike."""
-    for normalise in reversed(list(_normalisations(getattr(pre_processor, "transform", None)))):
+    for normalise in reversed(find_transforms(getattr(pre_processor, "transform", None), Normalize)):
         mean = torch.tensor(normalise.mean, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         std = torch.tensor(normalise.std, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         images = images * std + mean
     return images
-
-
-def _normalisations(transform: Any) -> Iterator[Normalize]:
-    if isinstance(transform, Normalize):
-        yield transform
-    for part in getattr(transform, "transforms", ()):
-        yield from _normalisations(part)
 
 
 def _check_range(images: torch.Tensor) -> None:

@@ -180,6 +180,9 @@ def test_learning_rate_rises_and_falls_once_per_stage(dataset: Path, tmp_path: P
         ({"stage_one_fraction": 0.0}, "stage_one_fraction.*0.0"),
         ({"paint_probability": 1.2}, "paint_probability.*1.2"),
         ({"learning_rate": 0.0}, "learning_rate.*0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate.*inf"),
+        ({"smoothing": float("inf")}, "smoothing.*inf"),
+        ({"compactness": float("inf")}, "compactness.*inf"),
         ({"size": 32}, "32 x 32.*at least 64"),
     ],
 )

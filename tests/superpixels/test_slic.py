@@ -263,7 +263,7 @@ def test_compiles_without_a_break(shape: tuple[int, int]) -> None:
     assert torch.equal(compiled(images), module(images))
 
 
-@pytest.mark.parametrize("compactness", [1e-4, 0.1, 1e6])
+@pytest.mark.parametrize("compactness", [1e-6, 1e-4, 0.1, 1e6, 1e12])
 def test_extreme_compactness_gives_dense_labels(compactness: float) -> None:
     labels = slic(torch.rand(3, 64, 64).round(), segment_size=16, compactness=compactness)
     assert torch.equal(labels.unique(), torch.arange(labels.max() + 1))
@@ -284,6 +284,8 @@ def test_extreme_compactness_gives_dense_labels(compactness: float) -> None:
         (torch.zeros(3, 8, 12), {"segment_size": 13}, ValueError, "12, got 13"),
         (torch.zeros(3, 8, 8), {"compactness": 0}, ValueError, "got 0"),
         (torch.zeros(3, 8, 8), {"compactness": float("nan")}, ValueError, "got nan"),
+        (torch.zeros(3, 8, 8), {"compactness": float("inf")}, ValueError, "got inf"),
+        (torch.zeros(3, 8, 8), {"compactness": 1e17}, ValueError, r"from 1e-06 to 1e\+12, got 1e\+17"),
         (torch.zeros(3, 8, 8), {"num_iterations": -1}, ValueError, "got -1"),
     ],
 )
@@ -303,6 +305,7 @@ def test_module_of_one_pixel_leaves_every_pixel_for_itself() -> None:
     [
         ({"segment_size": 0}, "at least 1 pixel, got 0"),
         ({"compactness": -3.0}, r"compactness.*-3\.0"),
+        ({"compactness": float("inf")}, "compactness.*inf"),
         ({"num_iterations": -2}, "num_iterations.*-2"),
     ],
 )

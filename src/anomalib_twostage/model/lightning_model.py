@@ -8,6 +8,7 @@ Paper: Shah Rizwan Ali and HyungWon Kim, "Enhancement of Anomaly Detection Using
 Model", EasyChair preprint, 2022.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,8 +135,8 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
             pre_processor = self.configure_pre_processor(default_size)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         check_fraction("stage_one_fraction", stage_one_fraction, include_one=False)
-        if not learning_rate > 0:
-            msg = f"learning_rate must be above 0, got {learning_rate}."
+        if not 0 < learning_rate < math.inf:
+            msg = f"learning_rate must be above 0 and finite, got {learning_rate}."
             raise ValueError(msg)
         self.default_size = default_size
         self.variant = variant_of(variant, backbone)

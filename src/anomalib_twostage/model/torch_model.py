@@ -129,7 +129,7 @@ class TwoStageSuperpixelModel(nn.Module):
         smoothing: Standard deviation in pixels of a Gaussian that smooths the final map; 0 leaves it as it is.
 
     Raises:
-        ValueError: If ``gate`` is unknown or ``smoothing`` is negative.
+        ValueError: If ``gate`` is unknown, or ``smoothing`` is negative or not finite.
 
     Example:
         >>> from anomalib_twostage.model.variants import two_stage_superpixel_model
@@ -165,8 +165,8 @@ class TwoStageSuperpixelModel(nn.Module):
         if gate not in ("hard", "average"):
             msg = f"gate must be 'hard' or 'average', got {gate!r}."
             raise ValueError(msg)
-        if not smoothing >= 0:
-            msg = f"smoothing must be 0 pixels or more, got {smoothing}."
+        if not 0 <= smoothing < math.inf:
+            msg = f"smoothing must be 0 pixels or more and finite, got {smoothing}."
             raise ValueError(msg)
         self.stage_one = stage_one
         self.slic = slic

@@ -24,7 +24,9 @@ __all__ = ["Slic", "slic"]
 
 # How far a centre is that does not exist, beyond the image: no pixel chooses it.
 _FAR = 1.0e30
+# Below the first distances leave the range of float32; above the second their squares come near to that one.
 _LEAST_COMPACTNESS = 1e-6
+_MOST_COMPACTNESS = 1e12
 # Centres move beyond the mean of their pixels, where further rounds would take them: two rounds do the work of four. At
 # twice the way they swing.
 _REACH = 1.7
@@ -50,7 +52,7 @@ def slic(
         n_segments: Wanted number of segments per image; the outcome is close to it, as in scikit-image.
             Give either this or ``segment_size``; with neither, 100.
         segment_size: Wanted side of a segment in pixels.
-        compactness: Weight of position against colour, at least 1e-6; 10 suits most images.
+        compactness: Weight of position against colour, from 1e-6 to 1e12; 10 suits most images.
         num_iterations: Rounds of k-means.
 
     Returns:
@@ -151,9 +153,8 @@ def _check_whole(name: str, value: int) -> None:
 
 
 def _check_settings(compactness: float, num_iterations: int) -> None:
-    # Below this bound distances leave the range of float32.
-    if not compactness >= _LEAST_COMPACTNESS:
-        msg = f"compactness must be at least {_LEAST_COMPACTNESS}, got {compactness}."
+    if not _LEAST_COMPACTNESS <= compactness <= _MOST_COMPACTNESS:
+        msg = f"compactness must be from {_LEAST_COMPACTNESS:g} to {_MOST_COMPACTNESS:g}, got {compactness}."
         raise ValueError(msg)
     _check_whole("num_iterations", num_iterations)
     if num_iterations < 0:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is exported sees the images that the model sees in `Engine.predict`; whole files: tests/integration."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Re
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.model.export import exportable_transform
+from tests.integration.conftest import write_dataset
+
+from .test_lightning_model import make_data, make_engine
 
 SIZES = [(180, 140), (128, 220), (80, 66)]  # of images; some larger, some smaller than what the model gets
 
@@ -118,6 +122,15 @@ def test_a_torch_file_answers_like_predict(transform: Transform, tmp_path: Path)
     with torch.no_grad():
         expected = model.post_processor(model.model(transform(images)))
         torch.testing.assert_close(loaded(images).anomaly_map, expected.anomaly_map)
+
+
+def test_a_torch_file_of_a_model_just_trained_holds_nothing_of_the_training(tmp_path: Path) -> None:
+    model = make_model(Resize((64, 64)))
+    make_engine(tmp_path, max_steps=2, limit_val_batches=0).fit(model, datamodule=make_data(write_dataset(tmp_path)))
+    with zipfile.ZipFile(model.to_torch(tmp_path)) as file:
+        (pickled,) = (file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
+    assert b"TwoStageSuperpixel" in pickled
+    assert b"torch.optim" not in pickled
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", InterpolationMode.BILINEAR, 2])

@@ -108,3 +108,38 @@ def test_every_file_name_has_a_number_of_its_own() -> None:
     paths = ["good/1.png", "good/ü 日本.png", os.fsdecode(b"good/\xff.png"), "good/\ud800.png"]
     assert len({image_number(path) for path in paths}) == 4
     assert [image_number(path) for path in paths[:2]] == [zlib.crc32(path.encode("utf-8")) for path in paths[:2]]
+
+
+class Nameless(Wrapper):
+    """Images that do not say which files they are from."""
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.inside[index]
+        item.image_path = None
+        return item
+
+
+@pytest.mark.parametrize(("kind", "told"), [(Wrapper, False), (Nameless, True)])
+def test_images_that_cannot_be_known_again_are_told(
+    kind: type[Wrapper], told: bool, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inside = training_set(dataset, None)
+    loader = DataLoader(kind(inside), 3, collate_fn=inside.collate_fn)
+    engine = make_engine(tmp_path, max_steps=3, limit_val_batches=0)
+    engine.fit(make_model(variant="default"), train_dataloaders=loader)
+    assert caplog.text.count("have no image_path, so the template cannot know them again") == told
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_that_goes_on_with_moved_images_says_so(
+    moved: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_dataset(tmp_path / "here")
+    engine = make_engine(tmp_path, max_steps=2, limit_val_batches=0)
+    engine.fit(make_model(variant="default"), datamodule=make_data(root))
+    engine.trainer.save_checkpoint(tmp_path / "two.ckpt")
+    if moved:
+        root = root.rename(tmp_path / "there")
+    engine = make_engine(tmp_path, max_steps=3, limit_val_batches=0)
+    engine.fit(make_model(variant="default"), datamodule=make_data(root), ckpt_path=tmp_path / "two.ckpt")
+    assert caplog.text.count("The run goes on with other files") == moved

@@ -7,19 +7,27 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-__all__ = ["transforms_of", "with_transforms"]
+__all__ = ["datasets_in", "transforms_of", "with_transforms"]
 
 _NAMES = ("augmentations", "transform")  # of anomalib's data sets for training and evaluation, and for prediction
 
 
+def datasets_in(dataset: Any) -> Iterator[Any]:
+    """A data set, and all those that it wraps."""
+    if not isinstance(dataset, Dataset):
+        return
+    yield dataset
+    for value in vars(dataset).values():
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            yield from datasets_in(inner)
+
+
 def transforms_of(dataset: Any) -> Iterator[tuple[Any, str]]:
     """Where the transforms of a data set are kept: data set and name of the attribute, for all inside it."""
-    for name, value in vars(dataset).items() if isinstance(dataset, Dataset) else ():
-        if name in _NAMES and value is not None:
-            yield dataset, name
-        for inner in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(inner, Dataset):
-                yield from transforms_of(inner)
+    for part in datasets_in(dataset):
+        for name in _NAMES:
+            if vars(part).get(name) is not None:
+                yield part, name
 
 
 def with_transforms(dataset: Any, change: Callable[[Any], Any]) -> Any:

@@ -224,6 +224,10 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
         """Take the template of good images ``(C, H, W)``, each with the number it is known by."""
         self.template.fit(images)
 
+    def known_images(self) -> set[int]:
+        """Numbers of the images whose patches are in a memory, but those of a single image."""
+        return {number for memory in self.template.memories for number in memory.sources.tolist() if number != -1}
+
     def seen(self, images: torch.Tensor, numbers: torch.Tensor | None = None) -> Seen:
         """What stage one sees of images ``(B, C, H, W)``, and their distance map."""
         return self.template(images, numbers)

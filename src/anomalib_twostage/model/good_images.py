@@ -9,19 +9,20 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pandas as pd
 import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Trainer
 from tqdm import tqdm
 
-from anomalib_twostage.common.datasets import with_transforms
+from anomalib_twostage.common.datasets import datasets_in, with_transforms
 from anomalib_twostage.common.spacing import evenly_spaced
 from anomalib_twostage.common.transforms import fixed_part
 from anomalib_twostage.pseudo_anomaly import PseudoAnomalyTransform
 
 from .checks import FileCheck, check_values
 
-__all__ = ["good_images", "image_number", "image_numbers", "training_data"]
+__all__ = ["good_images", "image_files", "image_number", "image_numbers", "training_data"]
 
 
 def training_data(trainer: Trainer) -> Any:
@@ -50,6 +51,15 @@ def image_numbers(batch: ImageBatch) -> torch.Tensor | None:
     assert isinstance(batch.image, torch.Tensor)
     numbers = torch.tensor([image_number(path) for path in batch.image_path])
     return numbers.to(batch.image.device, non_blocking=True)
+
+
+def image_files(dataset: Any) -> list[str]:
+    """Paths of the images of anomalib's data sets, also of those wrapped in others, without reading any."""
+    paths = []
+    for part in datasets_in(dataset):
+        samples = getattr(part, "samples", None)
+        paths += list(samples["image_path"]) if isinstance(samples, pd.DataFrame) and "image_path" in samples else []
+    return paths
 
 
 def good_images(

@@ -8,6 +8,7 @@ Paper: Shah Rizwan Ali and HyungWon Kim, "Enhancement of Anomaly Detection Using
 Model", EasyChair preprint, 2022.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from .backbone import DEFAULT_BACKBONE
 from .checks import CheckedImages, FileCheck, check_fraction
 from .engine import release_trainer, take_trainer
 from .export import FaithfulExport
-from .good_images import good_images, image_numbers, training_data
+from .good_images import good_images, image_files, image_number, image_numbers, training_data
 from .loss import make_loss
 from .painting import Painting
 from .schedule import TwoStageTraining
@@ -42,7 +43,13 @@ from .zoom import check_zoom
 
 __all__ = ["TwoStageSuperpixel"]
 
+logger = logging.getLogger(__name__)
+
 _TEMPLATE_IMAGES = 500  # more change the statistics little
+_UNKNOWN = (
+    "so the template cannot know them again: while it trains, each image is compared with itself too, and the networks "
+    "learn from smaller distances than they will meet."
+)
 
 
 class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, AnomalibModule):  # type: ignore[misc]  # to_onnx is anomalib's, not Lightning's
@@ -200,6 +207,19 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         if self.trainer.global_step == 0:
             transform = self.pre_processor.transform if isinstance(self.pre_processor, PreProcessor) else None
             self.model.remember(good_images(dataset, _TEMPLATE_IMAGES, transform, self._files))
+        else:
+            files, known = image_files(dataset), self.model.known_images()
+            if files and known and known.isdisjoint(map(image_number, files)):
+                logger.warning(
+                    "The run goes on with other files, such as %s, than it began with, %s", files[0], _UNKNOWN
+                )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Say so if the images of a run that begins cannot be known again."""
+        super().on_train_batch_start(batch, batch_idx)
+        begins = self.trainer.global_step == 0 and batch_idx == 0
+        if begins and self.model.known_images() and image_numbers(batch) is None:
+            logger.warning("The training images have no image_path, %s", _UNKNOWN)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check the images, and see which come painted, while they are in the host's memory: no step shall wait.

@@ -68,6 +68,10 @@ class TwoStageSchedule:
         self._scheduler = LambdaLR(optimizer, self.factor)
         return self._scheduler
 
+    def end(self) -> None:
+        """Let go of the optimizer and its state: whoever copies or pickles the model after the run needs neither."""
+        self._scheduler = None
+
     def resume(self, step: int, stage: int) -> None:
         """Go on at a step with the learning rate of this run: a restored optimizer brings that of a shorter one."""
         if stage == 1:
@@ -126,6 +130,12 @@ class TwoStageTraining(ResumableCheckpoints):
             if self.trainer.global_step == 0:  # here, because a strategy wraps only what learns
                 for model in (self.model, *averaged_models(self.trainer)):
                     model.start_stage_one()
+
+    def teardown(self, stage: str) -> None:
+        """Keep of a run how it was shared, and not its optimizer."""
+        super().teardown(stage)
+        if self._schedule is not None:
+            self._schedule.end()
 
     def on_fit_start(self) -> None:
         """Share out the run, and continue the random numbers of a resumed one."""

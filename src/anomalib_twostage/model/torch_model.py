@@ -233,6 +233,10 @@ class TwoStageSuperpixelModel(nn.Module):
         self._answer(images, seen, stage_one_logits, kept)
         return kept[0]
 
+    def known_images(self) -> set[int]:
+        """Numbers of the images of which it knows what it has from them, and which are not to find themselves."""
+        return set()
+
     def to_be_painted(
         self, images: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

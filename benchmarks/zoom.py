@@ -99,6 +99,7 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
     seed_everything(key.seed)
     model = TwoStageSuperpixel(
         zoom=zoom,
+        zoom_windows=arguments.zoom_windows,
         magnification=arguments.magnification,
         pre_processor=pre_processor,
         visualizer=False,
@@ -114,8 +115,6 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
         kept = {**asked, "weights": model.state_dict(), "seconds": seconds, "threads": arguments.threads}
         weights.parent.mkdir(parents=True, exist_ok=True)
         torch.save(kept, weights)
-    if zoom > 1:
-        model.model.windows = arguments.zoom_windows  # weights bring their own
     model.to(arguments.accelerator).eval()
     batches = folder(arguments.root / key.category)  # one that no engine has seen keeps its masks as they are
     batches.setup()

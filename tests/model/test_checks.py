@@ -11,6 +11,7 @@ import torch
 from anomalib.data import Folder, ImageItem, PredictDataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 from torchvision.transforms import v2
 
 from anomalib_twostage.common import bit_depth
@@ -121,3 +122,37 @@ def test_nested_normalization_is_refused() -> None:
     with pytest.raises(ValueError, match="Normalize"):
         refuse_normalization(nested)
     refuse_normalization(v2.Resize(SIZE))
+
+
+def test_a_pre_processor_that_only_pads_says_nothing_of_the_size(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "good")
+    model = make_model(template=False)
+    model.pre_processor.transform = v2.Pad(8)
+    model.check_known_size()
+    predictions = make_engine(tmp_path).predict(model, dataset=PredictDataset(folder))
+    assert predictions[0].anomaly_map.shape[-2:] == (SIZE + 16, SIZE + 16)
+    model.pre_processor.transform = v2.Resize(8)
+    with pytest.raises(ValueError, match="8 x 8 pixels are too small"):
+        model.check_known_size()
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_what_bicubic_resizing_makes_of_good_images_is_taken(antialias: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "good"
+    folder.mkdir()
+    for index in range(3):  # hard edges overshoot most
+        levels = np.kron(np.random.default_rng(index).integers(0, 2, (SIZE // 4, SIZE // 4)), np.ones((4, 4)))
+        Image.fromarray((255 * levels).astype(np.uint8)).save(folder / f"{index}.png")
+    resize = v2.Resize((96, 96), interpolation=v2.InterpolationMode.BICUBIC, antialias=antialias)
+    image = torch.from_numpy(np.array(Image.open(folder / "0.png").convert("RGB"))).permute(2, 0, 1) / 255
+    assert resize(image).min() < -0.1
+    model = make_model()
+    model.pre_processor.transform = resize
+    make_engine(tmp_path, max_steps=2, limit_val_batches=0).fit(model, datamodule=folder_data(folder))
+    assert model.model.template.mean.shape[-2:] == (96, 96)
+
+
+def test_normalisation_of_either_generation_is_refused() -> None:
+    for kind in (v2.Normalize, transforms.Normalize):
+        with pytest.raises(ValueError, match="take Normalize out of the pre-processor"):
+            refuse_normalization(torch.nn.Sequential(v2.Resize(64), kind([0.5] * 3, [0.5] * 3)))

@@ -175,6 +175,23 @@ def test_every_option_gives_maps_in_range_in_both_stages(options: dict) -> None:
         model.start_stage_two()
 
 
+@pytest.mark.parametrize("options", [{}, {"template": False}, {"zoom": 2}], ids=str)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_images_have_no_answers_and_wrong_ones_are_named(options: dict, stage: int) -> None:
+    model = two_stage_superpixel_model("default", **options).eval()
+    model.remember((image, number) for image, number in good_images(2, 2 * SIDE))
+    if stage == 2:
+        model.start_stage_two()
+    answer = model(torch.zeros(0, 3, 2 * SIDE, 2 * SIDE + 1))
+    assert answer.anomaly_map.shape == (0, 1, 2 * SIDE, 2 * SIDE + 1)
+    assert answer.pred_score.shape == (0,)
+    images = torch.rand(2, 3, 2 * SIDE, 2 * SIDE)
+    with pytest.raises(ValueError, match=r"\(B, 1 or 3, H, W\), got shape \(2, 4,"):
+        model(torch.cat([images, images[:, :1]], dim=1))
+    with pytest.raises(TypeError, match=r"torch\.float32.*got torch\.float64"):
+        model(images.double())
+
+
 def test_grey_images_have_a_model_of_their_own() -> None:
     model = two_stage_superpixel_model("default", in_channels=1).eval()
     model.remember((image[:1], number) for image, number in good_images(3))

@@ -10,9 +10,10 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import InferenceBatch, MVTecAD
 from anomalib.engine import Engine
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 from anomalib_twostage import TwoStageSuperpixel
+from anomalib_twostage.model.torch_model import pack_state
 from anomalib_twostage.model.variants import two_stage_superpixel_model
 from anomalib_twostage.model.zoom import WindowGrid, Windows, ZoomedTwoStageModel, _Sample
 from tests.integration.conftest import write_dataset
@@ -289,17 +290,38 @@ def test_a_training_is_resumed_as_if_it_had_not_been_stopped(tmp_path: Path) -> 
         ({"zoom": 0}, "zoom must be a whole number from 1 to 16, got 0"),
         ({"zoom": 17}, "from 1 to 16, got 17"),
         ({"zoom": 2.5}, "from 1 to 16, got 2.5"),
-        ({"zoom": 2, "zoom_windows": 0}, "zoom_windows must be 1 or more, got 0"),
+        ({"zoom": 2.0}, "from 1 to 16, got 2.0"),
+        ({"zoom": 2, "zoom_windows": 0}, "zoom_windows must be a whole number, 1 or more, got 0"),
+        ({"zoom": 2, "zoom_windows": 1.5}, "1 or more, got 1.5"),
+        ({"zoom": 2, "zoom_windows": float("inf")}, "1 or more, got inf"),
+        ({"variant": "small", "num_neighbors": 2.5}, "num_neighbors must be a whole number, 0 or more, got 2.5"),
         ({"zoom": 2, "gate": "hard"}, "gate='hard'"),
         ({"zoom": 2, "variant": "small"}, "zoom=2 needs variant 'default'"),
         ({"zoom": 2, "backbone": None}, "zoom=2 needs variant 'default'"),
     ],
 )
-def test_what_cannot_zoom_is_refused(arguments: dict[str, object], message: str) -> None:
+def test_what_is_no_zoom_or_number_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         two_stage_superpixel_model(**arguments)
     with pytest.raises(ValueError, match=message):
         TwoStageSuperpixel(**arguments)
+
+
+def test_a_trained_model_may_look_at_more_windows(tmp_path: Path) -> None:
+    size = TwoStageSuperpixel.configure_pre_processor((128, 160))
+    model = TwoStageSuperpixel(zoom=ZOOM, zoom_windows=2, pre_processor=size)
+    trainer = Trainer(logger=False, accelerator="cpu")
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    assert TwoStageSuperpixel.load_from_checkpoint(tmp_path / "two.ckpt").model.windows == 2
+    assert TwoStageSuperpixel.load_from_checkpoint(tmp_path / "two.ckpt", zoom_windows=5).model.windows == 5
+
+
+def test_weights_of_before_leave_the_number_of_windows_alone() -> None:
+    model = two_stage_superpixel_model("default", zoom=ZOOM, zoom_windows=3)
+    before = pack_state({"stage": 2, **model.settings, "windows": 8})
+    model.set_extra_state(before)
+    assert (model.stage, model.windows) == (2, 3)
 
 
 def test_a_traced_graph_looks_at_the_same_windows(zoomed: ZoomedTwoStageModel) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import transforms, tv_tensors
 from torchvision.transforms import v2
 
-__all__ = ["EACH_IS_APPLIED", "RANDOM_APPLY", "RANDOM_CHOICE", "find_transforms", "fixed_part", "parts"]
+__all__ = ["EACH_IS_APPLIED", "NORMALIZE", "RANDOM_APPLY", "RANDOM_CHOICE", "find_transforms", "fixed_part", "parts"]
 
 _Kind = TypeVar("_Kind")
 
@@ -21,6 +21,7 @@ EACH_IS_APPLIED = (v2.Compose, v2.RandomOrder, transforms.Compose, transforms.Ra
 """Containers that apply all that is in them, of torchvision's two generations."""
 RANDOM_APPLY = (v2.RandomApply, transforms.RandomApply)
 RANDOM_CHOICE = (v2.RandomChoice, transforms.RandomChoice)
+NORMALIZE = (v2.Normalize, transforms.Normalize)
 
 _TRIALS = 16  # a transform that does the same so many times in a row is taken for one that always does
 
@@ -33,12 +34,12 @@ def parts(transform: Any) -> list[Any]:
     return list(transform.children()) if isinstance(transform, nn.Module) else []
 
 
-def find_transforms(transform: Any, kind: type[_Kind]) -> list[_Kind]:
-    """Find all transforms of a type, however deep in containers.
+def find_transforms(transform: Any, kind: type[_Kind] | tuple[type[_Kind], ...]) -> list[_Kind]:
+    """Find all transforms of a type, or of several, however deep in containers.
 
     Args:
         transform: Transform or container; ``None`` has no parts.
-        kind: Type to look for.
+        kind: Type to look for, or several.
 
     Returns:
         The transforms in their order.

@@ -180,7 +180,7 @@ def _total(metric: SumMetric) -> torch.Tensor:
 @contextmanager
 def _painting_all(painter: nn.Module) -> Iterator[None]:
     """Let painters paint every image."""
-    painters = find_transforms(painter, PseudoAnomalyTransform)  # type: ignore[type-abstract]  # of any kind
+    painters = find_transforms(painter, PseudoAnomalyTransform)  # of any kind
     shares = [each.probability for each in painters]
     try:
         for each in painters:

@@ -66,6 +66,11 @@ class Backbone(nn.Module):
         self.std = (_STD,) * 3 if bundled or config is None else tuple(config.std)
         self.register_buffer("ready", torch.tensor(False))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.extractor.parameters()).dtype
+
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Compute features.
 

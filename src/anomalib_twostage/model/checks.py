@@ -10,10 +10,9 @@ import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule
-from torchvision.transforms.v2 import Normalize
 
 from anomalib_twostage.common.bit_depth import DeepFileCheck
-from anomalib_twostage.common.transforms import find_transforms
+from anomalib_twostage.common.transforms import NORMALIZE, find_transforms
 
 from .torch_model import TwoStageSuperpixelModel
 
@@ -27,7 +26,7 @@ __all__ = [
     "refuse_normalization",
 ]
 
-_OVERSHOOT = 0.1  # resizing may leave [0, 1] by this much; normalised images leave it by more
+_OVERSHOOT = 0.3  # bicubic resizing may leave [0, 1] by this much; normalised images leave it by more
 _CHECKED = "files_checked"  # attribute of a batch whose files have been checked
 
 
@@ -99,7 +98,7 @@ def refuse_normalization(transform: Any) -> None:
     Raises:
         ValueError: If it does.
     """
-    if find_transforms(transform, Normalize):
+    if find_transforms(transform, NORMALIZE):
         msg = "TwoStageSuperpixel reads images in [0, 1]: take Normalize out of the pre-processor."
         raise ValueError(msg)
 
@@ -201,8 +200,7 @@ class CheckedImages(LightningModule):
         super().setup(stage)
         if self.pre_processor:
             refuse_normalization(self.pre_processor.transform)
-            if self.input_size is not None:
-                self.check_size(*self.input_size)
+            self.check_known_size()
         check_precision(str(self.trainer.precision))
         # Lightning tells every user with a datamodule that the model checks batches before their transfer.
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
@@ -224,6 +222,19 @@ class CheckedImages(LightningModule):
             check_values(batch.image, batch.image_path or [])
             self._files.check_batch(batch)
         return batch
+
+    def check_known_size(self) -> None:
+        """Refuse a pre-processor that brings all images to a size too small for the model.
+
+        Raises:
+            ValueError: If it does.
+        """
+        transform = self.pre_processor.transform if self.pre_processor else None
+        # anomalib's input_size is what becomes of a single pixel; a transform that only pads makes more of more.
+        if self.input_size is None or transform is None:
+            return
+        if tuple(transform(torch.zeros(1, 3, 2, 2)).shape[-2:]) == tuple(self.input_size):
+            self.check_size(*self.input_size)
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse images that are too small for the model.

@@ -22,6 +22,7 @@ from anomalib_twostage.superpixels.pooling import superpixel_mean
 from .backbone import Backbone
 from .memory import FeatureSums, PatchMemory, PlaceStatistics, as_patches
 from .torch_model import Seen, TwoStageSuperpixelModel, Way
+from .unet import check_images
 
 __all__ = ["FeatureTemplate", "FeatureTwoStageModel", "in_quarters"]
 
@@ -166,7 +167,13 @@ class FeatureTemplate(nn.Module):
         Returns:
             How features differ at strides 16, 8 and 4, and the distance map ``(B, 1, H, W)`` in [0, 1), if there are
             memories.
+
+        Raises:
+            TypeError: If the images are no tensor, or not of the backbone's floating-point type.
+            ValueError: If they are not ``(B, 1 or 3, H, W)``.
         """
+        if not torch.compiler.is_compiling():  # sizes are symbols while a graph is traced
+            check_images(images, (1, 3), self.backbone.dtype)
         raw = self.backbone(self._magnified(images))
         with full_precision(images.device):
             finest = self.statistics[0].deviation(self.statistics[0].scaled(raw[0]))
@@ -270,6 +277,8 @@ class FeatureTwoStageModel(TwoStageSuperpixelModel):
 def in_quarters(detail: torch.Tensor) -> torch.Tensor:
     """Values ``(B, C, H, W)`` as ``(B, 4C, H / 2, W / 2)``, rounded up: the four of a square behind each other."""
     height, width = detail.shape[-2:]
+    if not torch.compiler.is_compiling() and len(detail) == 0:  # torch unshuffles no empty batch
+        return detail.new_zeros(0, 4 * detail.shape[1], (height + 1) // 2, (width + 1) // 2)
     if height % 2 or width % 2:
         detail = functional.pad(detail, (0, width % 2, 0, height % 2), mode="replicate")
     return functional.pixel_unshuffle(detail, 2)

@@ -173,8 +173,7 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         self.keep_stages = False
         self.last_stages: StageMaps | None = None
         self._files = FileCheck()
-        if self.input_size is not None:
-            self.check_size(*self.input_size)
+        self.check_known_size()
 
     def setup(self, stage: str) -> None:
         """Check the trainer and the pre-processor, and choose the painter before training.

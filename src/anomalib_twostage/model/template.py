@@ -69,8 +69,8 @@ class GoldenTemplate(nn.Module):
 
     def __init__(self, channels: int = 3, num_neighbors: int = 4) -> None:
         super().__init__()
-        if num_neighbors < 0:
-            msg = f"num_neighbors must be 0 or more, got {num_neighbors}."
+        if not isinstance(num_neighbors, int) or num_neighbors < 0:
+            msg = f"num_neighbors must be a whole number, 0 or more, got {num_neighbors}."
             raise ValueError(msg)
         self.num_neighbors = num_neighbors
         self.register_buffer("mean", torch.full((channels, 1, 1), 0.5))

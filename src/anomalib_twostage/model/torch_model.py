@@ -32,7 +32,6 @@ _SETTINGS = {
     "smoothing": "",
     "score_window": "",
     "zoom": "",
-    "windows": "",
     "segment_size": "slic",
     "compactness": "slic",
     "num_iterations": "slic",
@@ -448,6 +447,7 @@ class TwoStageSuperpixelModel(nn.Module):
         """
         loaded = {"stage": int(state)} if state.ndim == 0 else json.loads(bytes(state.tolist()))
         self._set_stage(loaded.pop("stage"))
+        loaded.pop("windows", None)  # of earlier versions: no training depends on it, so it is the model's own
         if unknown := sorted(loaded.keys() - _SETTINGS.keys()):
             msg = f"The weights come with settings that are not known here, {unknown}: update anomalib-twostage."
             raise ValueError(msg)

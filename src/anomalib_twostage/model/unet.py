@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from anomalib_twostage.common.precision import autocast_is_on
 
-__all__ = ["UNet"]
+__all__ = ["UNet", "check_images"]
 
 
 class ConvBlock(nn.Sequential):
@@ -96,7 +96,8 @@ class UNet(nn.Module):
         """
         # Sizes are symbols while the network is traced for export, where a comparison would freeze them.
         if not torch.compiler.is_compiling():
-            self._check(images)
+            check_images(images, (self.in_channels,), self.head.weight.dtype)
+            self._check_size(images)
         features = self.encoder[0](images.contiguous(memory_format=torch.channels_last))
         skips = [features]
         for block in self.encoder[1:]:
@@ -110,13 +111,7 @@ class UNet(nn.Module):
             logits = functional.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
         return logits
 
-    def _check(self, images: torch.Tensor) -> None:
-        if not isinstance(images, torch.Tensor):
-            msg = f"Images must be a tensor, got {type(images).__name__}."
-            raise TypeError(msg)
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            msg = f"Images must be (B, {self.in_channels}, H, W), got shape {tuple(images.shape)}."
-            raise ValueError(msg)
+    def _check_size(self, images: torch.Tensor) -> None:
         if min(images.shape[-2:]) < self.minimum_size:
             height, width = images.shape[-2:]
             msg = (
@@ -124,9 +119,28 @@ class UNet(nn.Module):
                 f"enlarge them to at least {self.minimum_size} x {self.minimum_size}."
             )
             raise ValueError(msg)
-        # Autocast converts float32, float16 and bfloat16 into each other, but not float64.
-        own = self.head.weight.dtype
-        converted = autocast_is_on(images.device) and images.dtype != torch.float64
-        if not images.is_floating_point() or (images.dtype != own and not converted):
-            msg = f"Images must be {own} in [0, 1] like the network's weights, got {images.dtype}: convert them."
-            raise TypeError(msg)
+
+
+def check_images(images: torch.Tensor, channels: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse what a network does not take.
+
+    Args:
+        images: Should be ``(B, C, H, W)``.
+        channels: Numbers of channels that it takes.
+        dtype: Type of the network's weights.
+
+    Raises:
+        TypeError: If the images are no tensor, or not of the network's floating-point type.
+        ValueError: If their shape or number of channels is another.
+    """
+    if not isinstance(images, torch.Tensor):
+        msg = f"Images must be a tensor, got {type(images).__name__}."
+        raise TypeError(msg)
+    if images.ndim != 4 or images.shape[1] not in channels:
+        msg = f"Images must be (B, {' or '.join(map(str, channels))}, H, W), got shape {tuple(images.shape)}."
+        raise ValueError(msg)
+    # Autocast converts float32, float16 and bfloat16 into each other, but not float64.
+    converted = autocast_is_on(images.device) and images.dtype != torch.float64
+    if not images.is_floating_point() or (images.dtype != dtype and not converted):
+        msg = f"Images must be {dtype} in [0, 1] like the network's weights, got {images.dtype}: convert them."
+        raise TypeError(msg)

@@ -39,7 +39,7 @@ def check_zoom(zoom: int) -> None:
     Raises:
         ValueError: If it is not a whole number from 1 to 16.
     """
-    if zoom not in range(1, _LARGEST_ZOOM + 1):
+    if not isinstance(zoom, int) or zoom not in range(1, _LARGEST_ZOOM + 1):
         msg = f"zoom must be a whole number from 1 to {_LARGEST_ZOOM}, got {zoom}."
         raise ValueError(msg)
 
@@ -150,8 +150,8 @@ class ZoomedTwoStageModel(FeatureTwoStageModel):
     def __init__(self, *, zoom: int, windows: int, **parts: Any) -> None:
         super().__init__(**parts)
         check_zoom(zoom)
-        if windows < 1:
-            msg = f"zoom_windows must be 1 or more, got {windows}."
+        if not isinstance(windows, int) or windows < 1:
+            msg = f"zoom_windows must be a whole number, 1 or more, got {windows}."
             raise ValueError(msg)
         if self.gate != "average":
             msg = f"zoom writes stage two's windows over stage one's map, which gate={self.gate!r} leaves out."

@@ -125,7 +125,7 @@ def _paints(transform: Any) -> bool:
 
 
 def _painters(transform: Any) -> list[PseudoAnomalyTransform]:
-    return find_transforms(transform, PseudoAnomalyTransform)  # type: ignore[type-abstract]  # of any kind
+    return find_transforms(transform, PseudoAnomalyTransform)  # of any kind
 
 
 def _brought_back(transform: Any) -> Any:

@@ -20,9 +20,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_module_registration_hook
-from torchvision.transforms.v2 import Normalize
 
-from anomalib_twostage.common.transforms import find_transforms
+from anomalib_twostage.common.transforms import NORMALIZE, find_transforms
 
 from .pooling import superpixel_mean
 from .slic import Slic
@@ -258,7 +257,7 @@ def _map_of(predictions: Batch | InferenceBatch) -> torch.Tensor:
 
 def _without_normalisation(images: torch.Tensor, pre_processor: nn.Module | None) -> torch.Tensor:
     """Undo every ``Normalize`` of the pre-processor. What else it does is geometry, in which both orders are alike."""
-    for normalise in reversed(find_transforms(getattr(pre_processor, "transform", None), Normalize)):
+    for normalise in reversed(find_transforms(getattr(pre_processor, "transform", None), NORMALIZE)):
         mean = torch.tensor(normalise.mean, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         std = torch.tensor(normalise.std, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         images = images * std + mean

@@ -296,11 +296,12 @@ def test_maps_of_the_stages_are_kept_only_while_somebody_draws_them(dataset: Pat
     assert kept("predict", model=make_model(visualizer=True)) == {True}
 
 
-def test_a_compiled_model_is_trained_and_validated_alike(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["small", "default"])
+def test_a_compiled_model_is_trained_and_validated_alike(variant: str, dataset: Path, tmp_path: Path) -> None:
     def run(*, compiled: bool) -> tuple[dict[str, torch.Tensor], Any]:
         seed_everything(0)
         # AdamW's first step is as long for a gradient next to zero, which rounds differently: so short steps.
-        model = make_model(learning_rate=2e-4)
+        model = make_model(variant=variant, learning_rate=2e-4)
         engine = make_engine(tmp_path, max_steps=1, limit_val_batches=1)
         # Inductor's kernels are another project's business, and take a minute.
         engine.fit(torch.compile(model, backend="aot_eager") if compiled else model, datamodule=make_data(dataset))

@@ -62,7 +62,7 @@ def test_export(folder: Path, checkpoint: Path) -> None:
 
 def test_benchmark(folder: Path) -> None:
     # Padim downloads its backbone and Draem takes seconds an image: without the one, and on a tiny data set.
-    command = command_with(README, "anomalib benchmark").replace("MAX_STEPS=400", "MAX_STEPS=1")
+    command = command_with(README, "anomalib benchmark").replace("MAX_STEPS=600", "MAX_STEPS=1")
     name = command.split()[-1]
     settings = yaml.safe_load((ROOT / name).read_text())
     models = settings["benchmark"]["model"]["class_path"]
@@ -92,7 +92,7 @@ def test_comparison(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
 def test_python_snippet(number: int, folder: Path) -> None:
-    code = blocks(README, "python")[number].replace("max_steps=400", "max_steps=1")
+    code = blocks(README, "python")[number].replace("max_steps=600", "max_steps=1")
     script = folder / f"snippet_{number}.py"
     script.write_text(code)
     run(f"python {script.name}", folder)

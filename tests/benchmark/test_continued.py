@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks that train go on where they were stopped, and never call figures of other settings done."""
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from anomalib_twostage.benchmark.table import ResultsTable
 
@@ -14,10 +17,15 @@ SHIPPED = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scripts can be imported; threads and loggers are as they were once they are through."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in ("results", "refine_models", "false_alarms", "zoom"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+    threads, disabled = torch.get_num_threads(), logging.root.manager.disable
+    yield
+    torch.set_num_threads(threads)
+    logging.disable(disabled)
 
 
 def test_rows_come_back_as_long_as_settings_stay(tmp_path: Path) -> None:

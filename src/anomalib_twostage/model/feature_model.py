@@ -22,7 +22,7 @@ from anomalib_twostage.superpixels.pooling import superpixel_mean
 from .backbone import Backbone
 from .memory import FeatureSums, PatchMemory, PlaceStatistics, as_patches
 from .torch_model import Seen, TwoStageSuperpixelModel, Way
-from .unet import check_images
+from .unet import check_dtype, check_shape
 
 __all__ = ["FeatureTemplate", "FeatureTwoStageModel", "in_quarters"]
 
@@ -173,7 +173,8 @@ class FeatureTemplate(nn.Module):
             ValueError: If they are not ``(B, 1 or 3, H, W)``.
         """
         if not torch.compiler.is_compiling():  # sizes are symbols while a graph is traced
-            check_images(images, (1, 3), self.backbone.dtype)
+            check_shape(images, (1, 3))
+            check_dtype(images, self.backbone.dtype)
         raw = self.backbone(self._magnified(images))
         with full_precision(images.device):
             finest = self.statistics[0].deviation(self.statistics[0].scaled(raw[0]))

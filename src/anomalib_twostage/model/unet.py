@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from anomalib_twostage.common.precision import autocast_is_on
 
-__all__ = ["UNet", "check_images"]
+__all__ = ["UNet", "check_dtype", "check_shape"]
 
 
 class ConvBlock(nn.Sequential):
@@ -96,8 +96,9 @@ class UNet(nn.Module):
         """
         # Sizes are symbols while the network is traced for export, where a comparison would freeze them.
         if not torch.compiler.is_compiling():
-            check_images(images, (self.in_channels,), self.head.weight.dtype)
+            check_shape(images, (self.in_channels,))
             self._check_size(images)
+            check_dtype(images, self.head.weight.dtype)
         features = self.encoder[0](images.contiguous(memory_format=torch.channels_last))
         skips = [features]
         for block in self.encoder[1:]:
@@ -121,17 +122,12 @@ class UNet(nn.Module):
             raise ValueError(msg)
 
 
-def check_images(images: torch.Tensor, channels: Sequence[int], dtype: torch.dtype) -> None:
-    """Refuse what a network does not take.
-
-    Args:
-        images: Should be ``(B, C, H, W)``.
-        channels: Numbers of channels that it takes.
-        dtype: Type of the network's weights.
+def check_shape(images: torch.Tensor, channels: Sequence[int]) -> None:
+    """Refuse images that are not ``(B, C, H, W)`` with one of some numbers of channels.
 
     Raises:
-        TypeError: If the images are no tensor, or not of the network's floating-point type.
-        ValueError: If their shape or number of channels is another.
+        TypeError: If they are no tensor.
+        ValueError: If they have another shape.
     """
     if not isinstance(images, torch.Tensor):
         msg = f"Images must be a tensor, got {type(images).__name__}."
@@ -139,6 +135,14 @@ def check_images(images: torch.Tensor, channels: Sequence[int], dtype: torch.dty
     if images.ndim != 4 or images.shape[1] not in channels:
         msg = f"Images must be (B, {' or '.join(map(str, channels))}, H, W), got shape {tuple(images.shape)}."
         raise ValueError(msg)
+
+
+def check_dtype(images: torch.Tensor, dtype: torch.dtype) -> None:
+    """Refuse images that are not of the type of a network's weights.
+
+    Raises:
+        TypeError: If they are of another that autocast, if it is on, does not convert.
+    """
     # Autocast converts float32, float16 and bfloat16 into each other, but not float64.
     converted = autocast_is_on(images.device) and images.dtype != torch.float64
     if not images.is_floating_point() or (images.dtype != dtype and not converted):

@@ -227,3 +227,27 @@ def test_int8_export_ranks_pixels_like_predict(
     template = sum(buffer.nbytes for buffer in exporting.model.template.buffers())
     weights = sum(parameter.nbytes for parameter in exporting.model.parameters())
     assert Path(path).with_suffix(".bin").stat().st_size < template + 0.4 * weights
+
+
+@pytest.mark.parametrize(("template", "zoom"), [(True, 1), (False, 2)])
+def test_int8_leaves_a_backbone_its_precision(
+    template: bool, zoom: int, photographs: torch.Tensor, tmp_path: Path
+) -> None:
+    """With a memory and without, features are told apart by their distance from those that were measured in float32."""
+    pre_processor = PreProcessor(Resize([INPUT * zoom, INPUT * zoom], antialias=True))
+    model = TwoStageSuperpixel(
+        template=template, magnification=1, zoom=zoom, pre_processor=pre_processor, visualizer=False
+    ).eval()
+    model.model.remember((image, number) for number, image in enumerate(pre_processor.transform(photographs[:4])))
+    calibration = datamodule(tmp_path)
+    path = model.to_openvino(tmp_path, compression_type="int8_ptq", datamodule=calibration)
+    quantised = {
+        tuple(node.input_value(1).shape)
+        for graph in _graphs(openvino.Core().read_model(path))
+        for node in graph.get_ops()
+        if "Convolution" in node.get_type_name() and node.input_value(0).get_node().get_type_name() == "FakeQuantize"
+    }
+    parts = [*model.model.stage_one.modules(), *model.model.stage_two.modules()]
+    own = {tuple(part.weight.shape) for part in parts if isinstance(part, torch.nn.Conv2d)}
+    assert quantised
+    assert quantised <= own

@@ -212,8 +212,8 @@ def _besides_networks(model: Any) -> Any:
     types = sorted({node.get_type_name() for node in nodes} - _NETWORK_TYPES)
     convolutions = [node for node in nodes if node.get_type_name() == "Convolution"]
     first = {node.get_friendly_name() for node in convolutions if node.input_value(1).shape[1] <= _FIRST_LAYER}
-    compared = set().union(*map(_compared, _graphs(model)))
-    return nncf.IgnoredScope(names=sorted(first | compared), types=types, validate=False)
+    backbone = set().union(*map(_of_backbone, _graphs(model)))
+    return nncf.IgnoredScope(names=sorted(first | backbone), types=types, validate=False)
 
 
 def _graphs(model: Any) -> Iterator[Any]:
@@ -225,9 +225,9 @@ def _graphs(model: Any) -> Iterator[Any]:
                 yield from _graphs(node.get_function(branch))
 
 
-def _compared(model: Any) -> set[str]:
-    """Names of the convolutions whose results are compared with a memory, which is the work of matrix products."""
-    waiting = [node for node in model.get_ops() if node.get_type_name() == "MatMul"]
+def _of_backbone(model: Any) -> set[str]:
+    """Names of a backbone's convolutions: those before its features are compared with what is known of good images."""
+    waiting = [node for node in model.get_ops() if node.get_type_name() == "MatMul" or _of_template(node)]
     seen: set[str] = set()
     names: set[str] = set()
     while waiting:
@@ -239,6 +239,12 @@ def _compared(model: Any) -> set[str]:
             names.add(node.get_friendly_name())
         waiting += [value.get_node() for value in node.input_values()]
     return names
+
+
+def _of_template(node: Any) -> bool:
+    """Whether a node computes with what the template holds: a backbone's weights, their statistics, patches."""
+    constants = (value.get_node() for value in node.input_values())
+    return any(one.get_type_name() == "Constant" and "template." in one.get_friendly_name() for one in constants)
 
 
 def _score(metric: Metric, model: Any, batches: Iterable[ImageBatch]) -> float:

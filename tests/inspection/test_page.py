@@ -181,6 +181,13 @@ class TestWritePage:
         assert len(list((tmp_path / "page/maps").iterdir())) == 1
         assert [path.name for path in tmp_path.iterdir()] == ["page"]
 
+    @pytest.mark.parametrize("name", [".DS_Store", "images/.DS_Store", "Thumbs.db", "images/Thumbs.db", "desktop.ini"])
+    def test_a_file_manager_does_not_make_an_older_page_anything_else(self, name: str, tmp_path: Path) -> None:
+        page = write_page([predictions([0.1] * 4)], tmp_path / "page").parent
+        (page / name).write_text("positions of icons")
+        write_page([predictions([0.9])], page)
+        assert len(list((page / "maps").iterdir())) == 1
+
     @pytest.mark.parametrize(
         "name", ["notes.txt", "images/holiday.jpg", "images/00001.png", "maps/more/a.txt", "stages"]
     )

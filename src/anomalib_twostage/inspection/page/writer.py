@@ -23,6 +23,7 @@ _FILES = Path(__file__).parent / "files"
 _ASSETS = ("page.css", "chart.js", "gallery.js", "large.js", "page.js")
 _FOLDERS = ("images", "thumbs", "maps", "truths", "stages")
 _PICTURE = re.compile(r"(images|thumbs|stages)/(\d+-)?\d{5,}\.jpg|(maps|truths)/(\d+-)?\d{5,}\.png")
+_OF_FILE_MANAGERS = (".DS_Store", "Thumbs.db", "desktop.ini")  # which leave them where somebody has looked
 _MARK = '<meta name="generator" content="anomalib-twostage">'  # by which a page of ours is known; see index.html
 _MOST_REGIONS = 50  # of one image; more are no list to read
 
@@ -299,8 +300,9 @@ def _strangers(folder: Path) -> Iterator[Path]:
         if not is_page:
             yield entry
         elif entry.name in _FOLDERS and entry.is_dir():
-            yield from (path for path in entry.iterdir() if not _PICTURE.fullmatch(f"{entry.name}/{path.name}"))
-        elif entry.name not in (index.name, *_ASSETS):
+            inside = (path for path in entry.iterdir() if path.name not in _OF_FILE_MANAGERS)
+            yield from (path for path in inside if not _PICTURE.fullmatch(f"{entry.name}/{path.name}"))
+        elif entry.name not in (index.name, *_ASSETS, *_OF_FILE_MANAGERS):
             yield entry
 
 

@@ -20,9 +20,9 @@ from anomalib_twostage.common.precision import full_precision
 from anomalib_twostage.superpixels.pooling import superpixel_mean
 
 from .backbone import Backbone
+from .inputs import check_dtype, check_shape
 from .memory import FeatureSums, PatchMemory, PlaceStatistics, as_patches
 from .torch_model import Seen, TwoStageSuperpixelModel, Way
-from .unet import check_dtype, check_shape
 
 __all__ = ["FeatureTemplate", "FeatureTwoStageModel", "in_quarters"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from anomalib_twostage.common.precision import autocast_is_on
+from .inputs import check_dtype, check_shape
 
-__all__ = ["UNet", "check_dtype", "check_shape"]
+__all__ = ["UNet"]
 
 
 class ConvBlock(nn.Sequential):
@@ -120,31 +120,3 @@ class UNet(nn.Module):
                 f"enlarge them to at least {self.minimum_size} x {self.minimum_size}."
             )
             raise ValueError(msg)
-
-
-def check_shape(images: torch.Tensor, channels: Sequence[int]) -> None:
-    """Refuse images that are not ``(B, C, H, W)`` with one of some numbers of channels.
-
-    Raises:
-        TypeError: If they are no tensor.
-        ValueError: If they have another shape.
-    """
-    if not isinstance(images, torch.Tensor):
-        msg = f"Images must be a tensor, got {type(images).__name__}."
-        raise TypeError(msg)
-    if images.ndim != 4 or images.shape[1] not in channels:
-        msg = f"Images must be (B, {' or '.join(map(str, channels))}, H, W), got shape {tuple(images.shape)}."
-        raise ValueError(msg)
-
-
-def check_dtype(images: torch.Tensor, dtype: torch.dtype) -> None:
-    """Refuse images that are not of the type of a network's weights.
-
-    Raises:
-        TypeError: If they are of another that autocast, if it is on, does not convert.
-    """
-    # Autocast converts float32, float16 and bfloat16 into each other, but not float64.
-    converted = autocast_is_on(images.device) and images.dtype != torch.float64
-    if not images.is_floating_point() or (images.dtype != dtype and not converted):
-        msg = f"Images must be {dtype} in [0, 1] like the network's weights, got {images.dtype}: convert them."
-        raise TypeError(msg)

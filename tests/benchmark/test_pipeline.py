@@ -17,6 +17,7 @@ from anomalib.engine import Engine
 from anomalib.pipelines.components.base import pipeline as anomalib_pipeline
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import seed_everything
+from lightning.pytorch.accelerators import CPUAccelerator
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.transforms.v2 import Resize
@@ -173,6 +174,16 @@ def test_changed_settings_are_not_mixed(config: Path, trained: list[str], tmp_pa
     changed.write_text(config.read_text().replace("segment_size: 8", "segment_size: 4"))
     with pytest.raises(ValueError, match=r"model\.init_args\.segment_size 8 \(now 4\)"):
         compare(changed)
+    whole = yaml.safe_load(config.read_text())
+    whole["models"]["ours"]["init_args"].pop("pre_processor")
+    changed.write_text(yaml.safe_dump(whole))
+    with pytest.raises(ValueError, match=r"model\.init_args\.pre_processor {'class_path'.*} \(now True\)"):
+        compare(changed)
+    whole = yaml.safe_load(config.read_text())
+    whole["models"]["ours"]["init_args"]["painter"] = {"class_path": "anomalib_twostage.PerlinAnomaly"}
+    changed.write_text(yaml.safe_dump(whole))
+    with pytest.raises(ValueError, match=r"model\.init_args\.painter None \(now {'class_path'.*PerlinAnomaly"):
+        compare(changed)
     (tmp_path / "datasets").rename(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").joinpath("datasets").mkdir()
     (tmp_path / "elsewhere/plate").rename(tmp_path / "elsewhere/datasets/plate")
@@ -204,6 +215,9 @@ def test_no_folder_of_this_machine_is_recorded(config: Path, tmp_path: Path) -> 
         (["--seeds", "-1"], ValueError, r"got -1"),
         (["--out", "datasets"], OSError, r"datasets is a folder: give --out a file, such as datasets.results\.csv"),
         (["--models", "{}"], ValueError, "nothing to run"),
+        (["--trainer.devices", "2"], ValueError, r"one device.*trainer\.devices=2.*trainer\.devices 1"),
+        (["--trainer.devices", "[0, 1]"], ValueError, r"trainer\.devices=\[0, 1\]"),
+        (["--trainer.devices", "-1"], ValueError, r"trainer\.devices=-1"),
         (["--data", "Folder", "--data.name", "a", "--data.normal_dir", "b"], ValueError, r"Folder has no categories"),
     ],
 )
@@ -254,6 +268,12 @@ def test_seconds_become_steps_of_a_timed_training(config: Path, monkeypatch: pyt
 
 
 @pytest.mark.integration
+def test_a_training_has_one_device(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUAccelerator, "auto_device_count", staticmethod(lambda: 4))  # as of GPUs, which are taken all
+    settings = planned(config, "--trainer.accelerator", "cpu", "--trainer.max_steps", "1")[0]
+    assert worker.run(settings, lambda *_: None)[-1]["steps"] == 1
+
+
 def test_metrics_are_those_of_the_last_steps_model(config: Path) -> None:
     (settings,) = planned(config, "--labels", "ours", "--seeds", "3")
     steps: list[tuple[str, int, int]] = []

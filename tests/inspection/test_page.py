@@ -14,6 +14,7 @@ from anomalib.cli import AnomalibCLI
 from anomalib.data import ImageBatch, InferenceBatch, NumpyImageBatch, PredictDataset, VideoBatch
 from anomalib.engine import Engine
 from anomalib.models import Padim
+from anomalib.post_processing import PostProcessor
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
@@ -275,6 +276,13 @@ class TestWhatIsWrong:
         assert (tmp_path / "full/precious.txt").exists()
         assert len(list(tmp_path.iterdir())) == 2
 
+    def test_a_mount_point(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "out").mkdir()
+        monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+        with pytest.raises(OSError, match=r"out is a mount point.*name a folder in it, such as .*out/inspection"):
+            write_page([predictions([0.1])], tmp_path / "out")
+        assert write_page([predictions([0.1])], tmp_path / "out/inspection").exists()
+
     @pytest.mark.skipif(
         not Path("/proc/self").exists(), reason="needs a folder where nobody may write, as Linux's /proc"
     )
@@ -328,11 +336,11 @@ class TestWhatIsWrong:
         ]
 
     def test_without_maps_or_scores(self, tmp_path: Path) -> None:
-        data, (remark,) = read_page(write_page([InferenceBatch(pred_score=torch.rand(2))], tmp_path / "page").parent)
+        data, (_, remark) = read_page(write_page([InferenceBatch(pred_score=torch.rand(2))], tmp_path / "page").parent)
         assert "Dfkde, Ganomaly and Dfm" in remark
         assert not any(image["map"] or image["picture"] or image["regions"] for image in data["images"])
         maps = torch.rand(2, 1, 8, 8)
-        data, (remark,) = read_page(write_page([InferenceBatch(anomaly_map=maps)], tmp_path / "page").parent)
+        data, (_, remark) = read_page(write_page([InferenceBatch(anomaly_map=maps)], tmp_path / "page").parent)
         assert "highest value" in remark
         assert [image["score"] for image in data["images"]] == maps.amax(dim=(1, 2, 3)).tolist()
 
@@ -381,6 +389,15 @@ class TestCommand:
             images.append(read_page(tmp_path / f"page of {name}")[0]["images"])
         assert images[0] == images[1]
         assert len(images[0]) == 6
+
+    def test_predictions_without_verdicts_may_be_raw(self, tmp_path: Path) -> None:
+        raw = predictions([2.4, 2.3])
+        raw.pred_label = None
+        torch.save(raw, tmp_path / "raw.pt")
+        main([str(tmp_path / "raw.pt"), "--out", str(tmp_path / "page")])
+        (remark,) = read_page(tmp_path / "page")[1]
+        assert "no verdicts" in remark
+        assert "0.5 is where the page begins" in remark
 
     def test_the_sensitivity_of_the_predictions(self, tmp_path: Path) -> None:
         torch.save(predictions([0.45, 0.2], threshold=0.4), tmp_path / "a.pt")
@@ -478,6 +495,10 @@ class TestCallback:
         model.configure_callbacks = list
         run(InspectionPage(), model, files(tmp_path, 2), tmp_path, "test")
         assert "no post-processor" in read_page(tmp_path / "inspection")[1][0]
+        untrained = Bright()
+        untrained.post_processor = PostProcessor()
+        run(InspectionPage(), untrained, files(tmp_path, 2), tmp_path, "test")
+        assert "were never measured" in read_page(tmp_path / "inspection")[1][0]
 
     def test_an_error_on_the_way_leaves_nothing(self, tmp_path: Path) -> None:
         class Failing(Bright):

@@ -126,6 +126,8 @@ def with_empty_gamma(png: bytes) -> bytes:
         (["good/0.png"], "good/0.png is a file.*give the folder"),
         (["good", "--out", "nowhere/paint.png"], "nowhere of --out does not exist"),
         (["good", "--out", "paint.xyz"], "paint.xyz"),
+        (["good", "--out", "good/paint.png"], "good/paint.png of --out lies among the images.*name another place"),
+        (["."], r"preview.png of --out lies among the images"),
         (["good", "--out", "pictures.png"], "pictures.png of --out is a folder"),
         (["good", "--image_size", "16"], "16"),
         (["good", "--image_size", "64", "1000000"], "1000000"),

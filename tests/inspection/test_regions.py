@@ -76,6 +76,10 @@ class TestFindRegions:
     def test_the_threshold_itself_is_normal(self) -> None:
         assert find_regions(torch.full((4, 4), 0.5), threshold=0.5) == []
 
+    def test_a_post_processors_threshold_is_a_tensor(self) -> None:
+        threshold = PostProcessor().normalized_pixel_threshold
+        assert find_regions(two_squares(), threshold=threshold) == find_regions(two_squares(), threshold=0.5)
+
     def test_small_regions_are_left_out(self) -> None:
         areas = [[r.area for r in find_regions(two_squares(), threshold=0.5, min_area=a)] for a in (4, 5, 24, 25)]
         assert areas == [[4, 24], [24], [24], []]
@@ -164,6 +168,11 @@ class TestWriteRegions:
         assert list(first) == COLUMNS
         assert list(first.values()) == ["a, b.png", 1, 2, 3, 4, 10, 20, 30, 40, 4, 0.1234567890123, 0.5]
         assert list(second.values()) == ["ü.png", 0, 0, 5, 5, None, None, None, None, 25, 0.25, 1.0]
+
+    def test_sizes_in_numbers_of_numpy(self, tmp_path: Path) -> None:
+        sizes = [tuple(np.array([40, 90]))]
+        write_regions(find_regions(two_squares(), threshold=0.5, image_sizes=sizes), tmp_path / "a.json")
+        assert [region["image_x_max"] for region in json.loads((tmp_path / "a.json").read_text())] == [9, 48]
 
     def test_no_regions(self, tmp_path: Path) -> None:
         write_regions([], tmp_path / "regions.csv")

@@ -88,6 +88,22 @@ def test_painters_in_containers_paint_once(dataset: Path, tmp_path: Path) -> Non
     assert data.train_data.augmentations.transforms[0] is augmentations
 
 
+@pytest.mark.parametrize("make", [make_data, folder_data], ids=["masks", "no masks"])
+@pytest.mark.parametrize(
+    ("name", "painted"),
+    [("augmentations", "validation"), ("val_augmentations", "validation"), ("test_augmentations", "test")],
+)
+def test_images_that_are_called_good_are_never_painted(
+    name: str, painted: str, make: Callable, dataset: Path, tmp_path: Path
+) -> None:
+    options = {"val_split_mode": "from_test"} if name == "test_augmentations" else {}  # not the same as the test images
+    data = make(dataset, **{name: v2.Compose([v2.RandomApply([PerlinAnomaly()])])}, **options)
+    with pytest.raises(ValueError, match=rf"paint the {painted} images.*train_augmentations"):
+        make_engine(tmp_path, max_steps=1).fit(make_model(), datamodule=data)
+    with pytest.raises(ValueError, match=r"paint the .* images.*train_augmentations"):
+        make_engine(tmp_path).test(make_model(), datamodule=data)
+
+
 def test_the_data_sets_painter_is_found_in_a_data_loader(dataset: Path, tmp_path: Path) -> None:
     data = folder_data(dataset, train_augmentations=PerlinAnomaly(probability=1.0, opacity=(1.0, 1.0)))
     data.setup()

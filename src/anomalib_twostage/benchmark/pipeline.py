@@ -4,7 +4,7 @@
 import json
 import math
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,7 @@ class Comparison(Pipeline):
         config = args[ComparisonJob.name]
         self._runs = _runs(config)
         _check_budget(config)
+        _check_devices(config)
         _check_folders(self._runs)
         self._table = ResultsTable(Path(config["out"]))
         for sentence in self._table.left_out:
@@ -220,6 +221,17 @@ def _check_budget(config: dict[str, Any]) -> None:
         raise ValueError(msg)
 
 
+def _check_devices(config: dict[str, Any]) -> None:
+    """Refuse several devices: what they cost would not be what one costs, and a worker cannot start others."""
+    devices = config["trainer"].get("devices", 1)
+    if devices not in (1, "1", "auto") and not (isinstance(devices, list) and len(devices) == 1):
+        msg = (
+            f"A training of a comparison has one device, got trainer.devices={devices}: "
+            "give --trainer.devices 1, or [3] for the fourth GPU."
+        )
+        raise ValueError(msg)
+
+
 def _check_folders(runs: list[RunSettings]) -> None:
     """Ask for the images before hours of training, and instead of downloading them in the middle."""
     for settings in runs:
@@ -244,13 +256,8 @@ def _check_same(table: ResultsTable, settings: RunSettings) -> None:
     row = table.run(_key(settings))
     if row is None:
         return
-    before, now = (_flat(value) for value in (row["settings"], recorded_settings(settings)))
-    # Arguments that only one of the two knows belong to another version of the package, but for the trainer, of which
-    # only those are recorded that were set.
-    names = {name for name in {*before, *now} if name.startswith("trainer.") or (name in before and name in now)}
-    differing = sorted(name for name in names if before.get(name) != now.get(name))
-    if differing:
-        changes = ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in differing)
+    changes = ", ".join(_changes(row["settings"], recorded_settings(settings)))
+    if changes:
         msg = (
             f"{table.path} holds {_key(settings)} with other settings: {changes}. "
             "Give the changed model another label, or write to another file (--out)."
@@ -258,11 +265,14 @@ def _check_same(table: ResultsTable, settings: RunSettings) -> None:
         raise ValueError(msg)
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {
-        path: item
-        for key, nested in value.items()
-        for path, item in _flat(nested, f"{name}.{key}" if name else key).items()
-    }
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two settings, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            path = f"{name}.{key}" if name else key
+            # Arguments that only one of the two knows belong to another version of the package, but for the trainer, of
+            # which only those are recorded that were set.
+            if path.startswith("trainer.") or (key in before and key in now):
+                yield from _changes(before.get(key), now.get(key), path)
+    elif before != now:
+        yield f"{name} {before} (now {now})"

@@ -165,6 +165,8 @@ def _train(settings: RunSettings, steps: int, report: Callable[[int], None]) -> 
     parts = {"model": settings["model"], "data": settings["data"], "trainer": settings["trainer"]}
     config = parser.instantiate_classes(parser.parse_object(parts))
     arguments = {name: value for name, value in config.trainer.items() if value is not None}
+    if arguments.get("devices", "auto") == "auto":
+        arguments["devices"] = 1  # of several GPUs Lightning would take all
     meter = _Meter(report)
     # A checkpoint callback that saves nothing keeps the engine from adding one that saves after every epoch.
     callbacks = [*arguments.pop("callbacks", []), ModelCheckpoint(save_top_k=0), meter]

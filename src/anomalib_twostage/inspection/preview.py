@@ -141,6 +141,9 @@ def _preview(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     if options.out.is_dir():
         msg = f"{options.out} of --out is a folder: give the name of a picture in it."
         raise IsADirectoryError(msg)
+    if options.out.resolve().is_relative_to(options.folder.resolve()):
+        msg = f"{options.out} of --out lies among the images, which a training would read: name another place."
+        raise ValueError(msg)
     images = read_images(options.folder, (sides[0], sides[-1]), options.count)
     torch.manual_seed(options.seed)
     settings = {"probability": 1.0, "opacity": tuple(options.opacity), "texture_dir": options.texture_dir}

@@ -100,7 +100,7 @@ def find_regions(
         raise ValueError(msg)
     maps = _planes(anomaly_map)
     if threshold is not None:
-        masks = maps > threshold
+        masks = maps > float(threshold)  # a post-processor's is a tensor
     elif not is_map and getattr(prediction, "pred_mask", None) is not None:
         masks = _planes(prediction.pred_mask) > 0
     else:
@@ -258,7 +258,7 @@ def _regions_of(
 
 def _scaled(box: Box, map_size: Sequence[int], image_size: tuple[int, int]) -> Box:
     """The smallest box of whole pixels of the image that covers a box of the map."""
-    (map_height, map_width), (height, width) = map_size, image_size
+    (map_height, map_width), (height, width) = map_size, map(int, image_size)  # NumPy's numbers are none of JSON's
     return Box(
         x_min=box.x_min * width // map_width,
         y_min=box.y_min * height // map_height,

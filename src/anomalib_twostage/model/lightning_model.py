@@ -35,7 +35,7 @@ from .engine import release_trainer, take_trainer
 from .export import FaithfulExport
 from .good_images import good_images, image_files, image_number, image_numbers, training_data
 from .loss import make_loss
-from .painting import Painting
+from .painting import Painting, refuse_painted_evaluation
 from .schedule import TwoStageTraining
 from .torch_model import StageMaps, TwoStageSuperpixelModel
 from .variants import VARIANTS, two_stage_superpixel_model, variant_of
@@ -176,14 +176,15 @@ class TwoStageSuperpixel(CheckedImages, TwoStageTraining, FaithfulExport, Anomal
         self.check_known_size()
 
     def setup(self, stage: str) -> None:
-        """Check the trainer and the pre-processor, and choose the painter before training.
+        """Check the trainer, the data and the pre-processor, and choose the painter before training.
 
         Raises:
-            ValueError: If the pre-processor normalises or resizes to too small a size, or the trainer's precision is
-                neither 32 bits nor mixed.
+            ValueError: If the pre-processor normalises or resizes to too small a size, the trainer's precision is
+                neither 32 bits nor mixed, or the datamodule paints validation or test images.
             FileNotFoundError: If the texture folder is missing or empty.
         """
         super().setup(stage)
+        refuse_painted_evaluation(getattr(self.trainer, "datamodule", None))
         take_trainer(self.trainer)
         if stage == "fit":
             self.painter = self._painting.begin(training_data(self.trainer))

@@ -12,7 +12,7 @@ from anomalib_twostage.pseudo_anomaly import PAINTERS, DataPainter, paints
 
 from .checks import check_fraction
 
-__all__ = ["Painting"]
+__all__ = ["Painting", "refuse_painted_evaluation"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,3 +82,21 @@ class Painting:
         if isinstance(batch, ImageBatch) and batch.gt_mask is not None and not self._images_come_painted:
             batch.gt_mask = batch.gt_mask if batch.gt_mask.any() else None
         return batch
+
+
+def refuse_painted_evaluation(datamodule: Any) -> None:
+    """Refuse paint on images that are there to judge the model: those that are good stay labelled so.
+
+    Args:
+        datamodule: anomalib's, set up; another one is let pass.
+
+    Raises:
+        ValueError: If its validation or test images are painted.
+    """
+    for subset, name in (("val_data", "validation"), ("test_data", "test")):
+        if paints(getattr(datamodule, subset, None)):
+            msg = (
+                f"The data's augmentations paint the {name} images, of which the good ones stay labelled good: "
+                "name painters in train_augmentations alone, neither in augmentations nor in those of other images."
+            )
+            raise ValueError(msg)

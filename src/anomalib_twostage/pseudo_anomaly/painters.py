@@ -41,7 +41,7 @@ class PseudoAnomalyTransform(v2.Transform, ABC):
     Called with an image, a painter returns ``(image, mask)``. Called with an image and a mask, as anomalib's
     datasets call ``train_augmentations``, it returns ``(image, mask)`` with its own mask added to the given one.
     Images change exactly where the painter's mask is 1, and every such change is above the just noticeable
-    difference.
+    difference, before it is rounded to the image's type.
 
     Args:
         probability: Share of images that are painted, in [0, 1].

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from anomalib_twostage.inspection.placement import FilePlacement
@@ -128,6 +129,8 @@ def _origin(pl_module: LightningModule) -> list[str]:
     post_processor = getattr(pl_module, "post_processor", None)
     if getattr(post_processor, "normalized_image_threshold", None) is None:
         return ["The model has no post-processor of anomalib: scores are raw, and 0.5 is where the page begins."]
+    if bool(torch.isnan(torch.as_tensor(getattr(post_processor, "image_threshold", 0.0)))):
+        return ["The model's thresholds were never measured: scores are raw, and 0.5 is where the page begins."]
     count = getattr(post_processor, "num_good_images", 0)
     if not count:
         return []

@@ -4,8 +4,9 @@
     python -m anomalib_twostage.inspect predictions.pt --out inspection
 
 The predictions are what `Engine.predict` or an inferencer of anomalib returned, saved with `torch.save`: one batch or
-a list of batches. A folder of such files, read in the order of their names, is what Lightning's `BasePredictionWriter`
-leaves, and needs the memory of one file at a time.
+a list of batches. A folder of such files is read in the order of their names, and needs the memory of one file at a
+time. What a callback of the trainer saves batch by batch, such as Lightning's `BasePredictionWriter`, is raw: the
+post-processor has not seen it yet, so scores are not normalised and there are no verdicts.
 """
 
 import argparse

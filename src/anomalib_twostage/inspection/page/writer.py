@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,10 @@ _FOLDERS = ("images", "thumbs", "maps", "truths", "stages")
 _PICTURE = re.compile(r"(images|thumbs|stages)/(\d+-)?\d{5,}\.jpg|(maps|truths)/(\d+-)?\d{5,}\.png")
 _OF_FILE_MANAGERS = (".DS_Store", "Thumbs.db", "desktop.ini")  # which leave them where somebody has looked
 _MARK = '<meta name="generator" content="anomalib-twostage">'  # by which a page of ours is known; see index.html
+_RAW = (
+    "The predictions have no verdicts: if no post-processor has normalised their scores either, they are raw, and "
+    "{:.4g} is where the page begins."
+)
 _MOST_REGIONS = 50  # of one image; more are no list to read
 
 
@@ -257,6 +262,8 @@ def write_page(
                 "give the image_sensitivity that the predictions were made with."
             )
             raise ValueError(msg)
+        if all(row.verdict is None for row in writer.rows):
+            head = replace(head, remarks=[_RAW.format(head.image_threshold)])
         return writer.finish(head)
     except BaseException:
         writer.discard()
@@ -279,6 +286,12 @@ def _check_replaceable(folder: Path) -> None:
     if stranger == folder:
         msg = f"Cannot write the inspection page to {folder}, which is a file: name another folder."
         raise FileExistsError(msg)
+    if folder.is_mount():
+        msg = (
+            f"The folder {folder} is a mount point, which nothing can take the place of: "
+            f"name a folder in it, such as {folder / 'inspection'}."
+        )
+        raise OSError(msg)
     if stranger is not None:
         name = stranger.relative_to(folder)
         msg = (

@@ -151,6 +151,21 @@ def test_other_networks_are_folded_without_a_change(name: str, monkeypatch: pyte
         torch.testing.assert_close(found, own, atol=1e-4 * float(own.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("size", [(66, 70), (90, 64), (65, 67)])
+def test_networks_that_leave_out_a_rest_have_features_everywhere(size: tuple[int, int]) -> None:
+    backbone, images = Backbone("convnext_atto"), torch.rand(1, 3, *size)
+    levels = backbone(images)
+    assert [tuple(level.shape[-2:]) for level in levels] == [tuple(-(-n // s) for n in size) for s in STRIDES]
+    whole = tuple(n // 16 * 16 for n in size)  # where nothing is left out nothing changes
+    with torch.no_grad():
+        values = (images[..., : whole[0], : whole[1]] - torch.tensor(backbone.mean).view(3, 1, 1)) / torch.tensor(
+            backbone.std
+        ).view(3, 1, 1)
+        expected = backbone.extractor.feature_extractor(values)
+    for one, other in zip(backbone(images[..., : whole[0], : whole[1]]), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_other_models_of_anomalib_find_the_weights_without_a_network() -> None:
     layers = ["blocks.1", "blocks.2", "blocks.4"]
     model = Padim(backbone="efficientnet_lite0_offline", layers=layers, pre_trained=True, n_features=100)

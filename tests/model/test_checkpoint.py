@@ -4,19 +4,21 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torchvision.transforms.v2 import Resize
+from torchvision.transforms.v2 import Compose, Pad, Resize
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.model.checkpoint import VerifiedCheckpointIO, check_checkpoint
@@ -305,6 +307,59 @@ def test_a_processor_that_the_checkpoint_replaces_is_named(
     assert model.post_processor.image_sensitivity == 0.5
     (message,) = (record.message for record in caplog.records)
     assert component in message
+
+
+def saved(model: TwoStageSuperpixel) -> dict[str, Any]:
+    """What a checkpoint holds of a model, as far as loading looks at it."""
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def test_a_pre_processor_that_cannot_be_saved_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    def padded() -> PreProcessor:
+        return PreProcessor(Compose([Pad(16), Resize((80, 80))]))
+
+    checkpoint = saved(TwoStageSuperpixel("small", pre_processor=padded()))
+    caplog.clear()
+    model = TwoStageSuperpixel("small", pre_processor=padded())
+    model.on_load_checkpoint(checkpoint)
+    assert model.pre_processor.transform(torch.zeros(1, 3, 32, 64)).shape[-2:] == (80, 80)
+    assert not caplog.records
+    for own in (True, PreProcessor(Resize((64, 64)))):
+        model = TwoStageSuperpixel("small", pre_processor=own)
+        before = model.pre_processor.transform
+        model.on_load_checkpoint(checkpoint)
+        assert model.pre_processor.transform is before
+        (message,) = (record.message for record in caplog.records)
+        assert re.search(r"Pad.*could not be saved.*goes on with.*Resize", message, re.DOTALL)
+        caplog.clear()
+    model = TwoStageSuperpixel("small")
+    model.on_load_checkpoint(saved(TwoStageSuperpixel("small", pre_processor=PreProcessor(None))))
+    assert model.pre_processor.transform is None  # was chosen, and is taken over
+
+
+def test_a_backbone_of_equal_shapes_and_other_features_is_refused() -> None:
+    checkpoint = saved(TwoStageSuperpixel(backbone="efficientnet_lite0"))
+    TwoStageSuperpixel(backbone="efficientnet_lite0").on_load_checkpoint(checkpoint)
+    with pytest.raises(
+        ValueError, match=r"backbone 'efficientnet_lite0', the model looks through 'tf_efficientnet_lite0'"
+    ):
+        TwoStageSuperpixel().on_load_checkpoint(checkpoint)
+    own = saved(TwoStageSuperpixel())
+    for name in ("weights/lite0.pth", "efficientnet_lite0_offline"):  # the same network by other names
+        TwoStageSuperpixel(backbone=name).on_load_checkpoint(own)
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path: Path) -> None:
+    options = {"segment_size": np.int64(8), "compactness": np.float32(10), "smoothing": np.float32(0.5)}
+    checkpoint = saved(TwoStageSuperpixel("small", learning_rate=np.float32(1e-3), **options))
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["learning_rate"] == pytest.approx(1e-3)
+    model = TwoStageSuperpixel("small")
+    model.load_state_dict(checkpoint["state_dict"])
+    assert (model.model.slic.segment_size, model.model.smoothing) == (8, 0.5)
 
 
 def test_testing_leaves_the_random_numbers_of_a_later_training_alone(

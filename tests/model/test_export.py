@@ -105,6 +105,16 @@ def test_without_pre_processor_a_size_is_enough(tmp_path: Path, monkeypatch: pyt
     assert called == [(2, 3, 64, 80)]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_goes_on_after_an_export_as_before(
+    training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda **given: None)
+    model = make_model(Resize((96, 96))).train(training)
+    model.to_onnx(tmp_path)
+    assert (model.training, model.model.stage_two.training) == (training, training)
+
+
 def test_interpolation_that_no_graph_can_hold_is_refused_by_name(tmp_path: Path) -> None:
     resize = Resize((96, 96))
     resize.interpolation = InterpolationMode.LANCZOS  # older versions of torchvision refuse it for tensors

@@ -129,6 +129,12 @@ def test_the_template_is_the_variants_unless_chosen(options: dict, has_one: bool
     assert (TwoStageSuperpixel(**options).model.template is not None) == has_one
 
 
+@pytest.mark.parametrize(("variant", "own"), [("default", 1.0), ("scratch", 4.0), ("small", 4.0), ("paper", 0.0)])
+def test_the_smoothing_is_the_variants_unless_chosen(variant: str, own: float) -> None:
+    assert TwoStageSuperpixel(variant).model.smoothing == own
+    assert TwoStageSuperpixel(variant, smoothing=2.5).model.smoothing == 2.5
+
+
 @pytest.mark.parametrize(("variant", "own"), [("small", "average"), ("paper", "hard")])
 def test_the_gate_is_the_variants_unless_chosen(variant: str, own: str) -> None:
     assert make_model(variant=variant).model.gate == own

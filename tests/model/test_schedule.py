@@ -70,6 +70,28 @@ def test_a_second_fit_begins_with_stage_one(
     assert all(not torch.equal(before[name], after[name]) for name, _ in model.model.stage_one.named_parameters())
 
 
+def test_a_model_that_was_only_looked_at_learns_as_a_fresh_one(dataset: Path, tmp_path: Path) -> None:
+    class Modes(Callback):
+        """Notes who is in training mode at each step."""
+
+        def __init__(self) -> None:
+            self.seen: list[tuple[bool, ...]] = []
+
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            model = pl_module.model
+            self.seen.append((pl_module.training, *(part.training for part in (model.stage_one, model.stage_two))))
+
+    def fit(looked_at: bool) -> list[tuple[bool, ...]]:
+        model, modes = make_model(), Modes()
+        options = {"max_steps": 2, "max_epochs": -1, "limit_val_batches": 0}
+        make_engine(tmp_path, callbacks=[modes], **options).fit(
+            model.eval() if looked_at else model, make_data(dataset)
+        )
+        return modes.seen
+
+    assert fit(looked_at=True) == fit(looked_at=False) == [(True, True, True), (True, False, True)]
+
+
 def test_more_epochs_on_the_same_trainer_go_on_where_it_stood(dataset: Path, tmp_path: Path) -> None:
     recorder, model = Recorder(), make_model(stage_one_fraction=0.5)
     engine = make_engine(tmp_path, callbacks=[recorder], max_epochs=2, limit_val_batches=0)

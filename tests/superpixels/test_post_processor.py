@@ -117,6 +117,9 @@ class TestRefine:
         with pytest.raises(ValueError, match=r"reads images in \[0, 1\], got values from"):
             post_processor().refine(images, torch.rand(1, 1, SIDE, SIDE))
 
+    def test_an_empty_batch_has_an_empty_answer(self) -> None:
+        assert post_processor().refine(pictures(1)[:0], torch.rand(0, 1, SIDE, SIDE)).shape == (0, 1, SIDE, SIDE)
+
     def test_refuses_superpixels_larger_than_the_image(self) -> None:
         with pytest.raises(ValueError, match="longer image side 8, got 16"):
             SuperpixelPostProcessor(16).refine(torch.rand(1, 3, 8, 8), torch.rand(1, 1, 8, 8))

@@ -18,9 +18,17 @@ import torch
 from anomalib.models.components.feature_extractors import TimmFeatureExtractor
 from timm.models import register_model
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ["DEFAULT_BACKBONE", "STRIDES", "Backbone", "efficientnet_lite0_offline", "load_backbone_weights"]
+__all__ = [
+    "DEFAULT_BACKBONE",
+    "STRIDES",
+    "Backbone",
+    "efficientnet_lite0_offline",
+    "load_backbone_weights",
+    "network_name",
+]
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 STRIDES = (4, 8, 16)
@@ -54,7 +62,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str | Path = DEFAULT_BACKBONE) -> None:
         super().__init__()
         self.file = _as_file(name)
-        self.name = DEFAULT_BACKBONE if self.file else str(name)
+        self.name = network_name(name)
         extractor, self.channels = _extractor(self.name)
         self._folds = _can_fold(extractor)
         self.extractor = _folded(extractor) if self._folds else extractor
@@ -84,7 +92,8 @@ class Backbone(nn.Module):
         with torch.no_grad():
             mean, std = (_constant(values, images) for values in (self.mean, self.std))
             values = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-            return list(_network(self.extractor)(values))
+            levels = _network(self.extractor)(values)
+            return [_filled(level, stride, images) for level, stride in zip(levels, STRIDES, strict=True)]
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in evaluation mode, whatever is asked for."""
@@ -188,6 +197,11 @@ def _as_file(name: str | Path) -> Path | None:
     return path if looks_like_one or path.is_file() else None
 
 
+def network_name(name: str | Path) -> str:
+    """Name in timm of the network that a backbone's name or file stands for."""
+    return DEFAULT_BACKBONE if _as_file(name) or name == efficientnet_lite0_offline.__name__ else str(name)
+
+
 def _bundled_file() -> Path:
     if (spec := find_spec(_PACKAGE)) is None or spec.origin is None:
         msg = (
@@ -271,3 +285,11 @@ def _constant(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
     """Values per channel ``(1, C, 1, 1)``, made on the device: none is sent there."""
     parts = [torch.full((1, 1, 1, 1), value, dtype=like.dtype, device=like.device) for value in values]
     return torch.cat(parts, dim=1)
+
+
+def _filled(features: torch.Tensor, stride: int, images: torch.Tensor) -> torch.Tensor:
+    """Features for all of the images: where a network leaves out less than a stride, those at the edge once more."""
+    missing = [-(-side // stride) - own for side, own in zip(images.shape[-2:], features.shape[-2:], strict=True)]
+    if missing == [0, 0]:
+        return features
+    return functional.pad(features, (0, missing[1], 0, missing[0]), mode="replicate")

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -22,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_twostage.common.files import written_whole
 
+from .backbone import network_name
 from .torch_model import TwoStageSuperpixelModel, pack_state
 from .variants import VARIANTS
 
@@ -30,6 +32,7 @@ __all__ = ["ResumableCheckpoints", "VerifiedCheckpointIO", "check_checkpoint"]
 logger = logging.getLogger(__name__)
 
 _RESUMED = ("global_step", "two_stage_random_state", "two_stage_switch")  # what a resumed run takes from a checkpoint
+_UNSAVED = "two_stage_unsaved_transform"
 _FIRST_WEIGHT = re.compile(r"model\.stage_one\.(encoder|blocks)\.\d+\.0\.weight")
 
 
@@ -49,19 +52,24 @@ class ResumableCheckpoints(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save with the weights what a resumed run needs to paint and learn as it would have done uninterrupted."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"].update({k: v for k, v in self.model.settings.items() if k in self.hparams})
+        made = checkpoint["hyper_parameters"]
+        made.update({k: v for k, v in self.model.settings.items() if k in self.hparams})
+        made.update({k: v.item() for k, v in made.items() if isinstance(v, np.generic)})  # NumPy's are no plain values
+        _keep_unsaved_transform(self, checkpoint)
         checkpoint["two_stage_random_state"] = _get_random_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, and note how a resumed run goes on.
 
         Raises:
-            ValueError: If the checkpoint is of another variant or width.
+            ValueError: If the checkpoint is of another variant, width or backbone.
         """
         _name_replaced_processors(self, checkpoint)
+        _name_unsaved_transform(self, checkpoint)
         super().on_load_checkpoint(checkpoint)
         _add_settings(checkpoint)
         _check_fit(checkpoint, self.state_dict(), self.variant)
+        _check_backbone(checkpoint, self.model)
         if self._trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
             self._resumed = {name: checkpoint[name] for name in _RESUMED if name in checkpoint}
 
@@ -86,7 +94,8 @@ class ResumableCheckpoints(LightningModule):
         Args:
             checkpoint_path: File of Lightning's checkpoint.
             args: As in anomalib.
-            kwargs: As in anomalib; further arguments replace those that the model was made with.
+            kwargs: As in anomalib; further arguments replace those that the model was made with, but for the settings
+                that come with the weights, such as ``smoothing``: set those on the loaded model's ``model``.
 
         Returns:
             The model.
@@ -224,6 +233,22 @@ def _check_fit(checkpoint: dict[str, Any], weights: dict[str, Any], variant: str
         raise ValueError(msg)
 
 
+def _check_backbone(checkpoint: dict[str, Any], model: TwoStageSuperpixelModel) -> None:
+    """See whether a checkpoint's features are those of a model. Networks with the same weights may pad differently.
+
+    Raises:
+        ValueError: If they are of another backbone.
+    """
+    own = getattr(model.template, "backbone", None)
+    trained = checkpoint.get("hyper_parameters", {}).get("backbone")
+    if own is not None and trained is not None and network_name(trained) != network_name(own.name):
+        msg = (
+            f"The checkpoint was trained with backbone {str(trained)!r}, the model looks through {own.name!r}: "
+            "build it with the checkpoint's."
+        )
+        raise ValueError(msg)
+
+
 def _add_settings(checkpoint: dict[str, Any]) -> None:
     """Give weights of a version that kept no settings with them those that the checkpoint's model was made with."""
     weights, made = checkpoint["state_dict"], checkpoint.get("hyper_parameters", {})
@@ -258,6 +283,26 @@ def _name_replaced_processors(model: Any, checkpoint: dict[str, Any]) -> None:
                     logger.warning(
                         "The checkpoint's %s is taken over: %s=%s instead of %s.", name, key, saved[key], value
                     )
+
+
+def _keep_unsaved_transform(model: Any, checkpoint: dict[str, Any]) -> None:
+    """Note the pre-processor's transform where anomalib cannot save it and, loading, would put none in its place."""
+    transform = getattr(model.pre_processor, "transform", None)
+    config = checkpoint.get("anomalib_pre_processor_config")
+    if transform is not None and config is not None and config.get("transform") is None:
+        del checkpoint["anomalib_pre_processor_config"]
+        checkpoint[_UNSAVED] = repr(transform)
+
+
+def _name_unsaved_transform(model: Any, checkpoint: dict[str, Any]) -> None:
+    """Log that a model's own transform stays where the checkpoint's could not be saved, and is another."""
+    own = repr(getattr(model.pre_processor, "transform", None))
+    if checkpoint.get(_UNSAVED, own) != own:
+        logger.warning(
+            "The pre-processor of the training, %s, could not be saved in the checkpoint: hand it over with the model, "
+            "which goes on with %s.",
+            *(checkpoint[_UNSAVED], own),
+        )
 
 
 def _get_random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ in memory was measured in it, and its rounding would be a distance of its own.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers b
 
 class FaithfulExport(ExportMixin):
     """Exports that answer like ``Engine.predict``. Stands before ``AnomalibModule`` among a model's bases."""
+
+    training: bool
+    train: Callable[[bool], Any]
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export to torch as anomalib does, except that images are transformed as in training."""
@@ -83,7 +86,11 @@ class FaithfulExport(ExportMixin):
         elif pre_processor is None:
             exportable_transform(None, input_size)
         kwargs.setdefault("opset_version", 18)
-        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        trains = self.training
+        try:
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        finally:
+            self.train(trains)
 
     def _compress_ov_model(
         self,

@@ -124,6 +124,7 @@ class TwoStageTraining(ResumableCheckpoints):
         """Let stage one learn in a run that begins. A checkpoint that is resumed is loaded later."""
         super().setup(stage)
         if stage == "fit":
+            self.train()  # Lightning leaves it as it is, and who has looked at predictions may have left it otherwise
             # A trainer may also go on without a checkpoint.
             self._resumed = {"two_stage_switch": self._schedule.switch} if self._schedule else None
             self._schedule = None

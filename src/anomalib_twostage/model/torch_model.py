@@ -373,7 +373,7 @@ class TwoStageSuperpixelModel(nn.Module):
 
     @smoothing.setter
     def smoothing(self, value: float) -> None:
-        self._smoothing = value
+        self._smoothing = value = float(value)
         # A buffer, not made where it is used: a branch of an exported graph cannot hold constants of its own.
         kernel = get_gaussian_kernel1d(2 * math.ceil(3 * value) + 1, value) if value else torch.ones(1, 1)
         self.register_buffer("_kernel", kernel, persistent=False)
@@ -464,7 +464,12 @@ class TwoStageSuperpixelModel(nn.Module):
 
 def pack_state(state: dict[str, Any]) -> torch.Tensor:
     """Plain values as JSON in a tensor ``(N,)`` uint8."""
-    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(state, default=_plain).encode()), dtype=torch.uint8)
+
+
+def _plain(number: Any) -> Any:
+    """One of NumPy's numbers as one of Python's, which alone JSON knows."""
+    return number.item()
 
 
 def __getattr__(name: str) -> Any:

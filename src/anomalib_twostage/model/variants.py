@@ -58,7 +58,13 @@ VARIANTS = {
     "scratch": Variant(widths=(32, 64, 128, 256, 256)),
     "small": Variant(widths=(16, 32, 64, 128, 128)),
     "paper": Variant(
-        widths=(39, 78, 156, 312, 312, 312), stem_stride=1, gate="hard", threshold=0.5, loss="paper", template=False
+        widths=(39, 78, 156, 312, 312, 312),
+        stem_stride=1,
+        gate="hard",
+        threshold=0.5,
+        loss="paper",
+        template=False,
+        smoothing=0.0,
     ),
 }
 

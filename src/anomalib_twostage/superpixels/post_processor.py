@@ -266,7 +266,7 @@ def _without_normalisation(images: torch.Tensor, pre_processor: nn.Module | None
 
 def _check_range(images: torch.Tensor) -> None:
     # An exported graph cannot stop at a value.
-    if torch.compiler.is_compiling() or not images.is_floating_point():
+    if torch.compiler.is_compiling() or not images.is_floating_point() or images.numel() == 0:
         return
     low, high = (float(value) for value in images.detach().float().aminmax())
     if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):

@@ -107,10 +107,11 @@ def main() -> None:
     # 5. Export. The file holds everything: resizing, both stages, superpixels, scaling and threshold.
     exported = engine.export(model, ExportType.OPENVINO, export_root=out / "5_model")
 
-    # 6. Run it, as a line would. OpenVINO reads the file alone; a camera's picture can also be handed over as an
-    #    array (H, W, 3). The verdict is printed, and the regions of all images, where the map is above 0.5, go to one
-    #    table with their boxes in pixels of the file; the pictures show the boxes.
-    inferencer = OpenVINOInferencer(exported, device="CPU")
+    # 6. Run it, as a line would. OpenVINO reads the file alone, and rounds to bfloat16 where a processor has it, unless
+    #    told otherwise; a camera's picture can also be handed over as an array (H, W, 3). The verdict is printed, and
+    #    the regions of all images, where the map is above 0.5, go to one table with their boxes in pixels of the file;
+    #    the pictures show the boxes.
+    inferencer = OpenVINOInferencer(exported, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
     (out / "6_camera").mkdir(exist_ok=True)
     regions: list[Region] = []
     for path in sorted(path for path in (options.camera or options.defective).iterdir() if is_image_file(path)):

@@ -366,6 +366,13 @@ def test_levels_and_widths_must_be_as_many() -> None:
         Decoder((3, 4), (8,), stride=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_type_are_refused(dtype: torch.dtype, remembered: FeatureTwoStageModel) -> None:
+    model = copy.deepcopy(remembered).to(dtype)
+    with pytest.raises(TypeError, match=rf"in float32, got weights of {dtype}.*autocast"):
+        model(torch.rand(1, 3, 64, 64, dtype=dtype))
+
+
 def test_a_graph_of_an_odd_size_answers_alike(remembered: FeatureTwoStageModel) -> None:
     model = copy.deepcopy(remembered)
     model.start_stage_two()

@@ -169,12 +169,13 @@ class FeatureTemplate(nn.Module):
             memories.
 
         Raises:
-            TypeError: If the images are no tensor, or not of the backbone's floating-point type.
+            TypeError: If the images are no tensor, or not of the backbone's floating-point type, or it is not float32.
             ValueError: If they are not ``(B, 1 or 3, H, W)``.
         """
         if not torch.compiler.is_compiling():  # sizes are symbols while a graph is traced
             check_shape(images, (1, 3))
             check_dtype(images, self.backbone.dtype)
+            _check_weights(self.backbone.dtype)
         raw = self.backbone(self._magnified(images))
         with full_precision(images.device):
             finest = self.statistics[0].deviation(self.statistics[0].scaled(raw[0]))
@@ -326,3 +327,12 @@ def _batches(images: Iterable[tuple[torch.Tensor, int]]) -> Iterator[tuple[torch
         numbers.append(number)
     if waiting:
         yield torch.stack(waiting), numbers
+
+
+def _check_weights(dtype: torch.dtype) -> None:
+    if dtype != torch.float32:
+        msg = (
+            f"The model compares features in float32, got weights of {dtype}: call model.float(), and for speed "
+            "compute in mixed precision, under torch.autocast."
+        )
+        raise TypeError(msg)

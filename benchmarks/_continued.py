@@ -25,7 +25,7 @@ def read_rows(table: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """
     if not table.exists():
         return []
-    rows = pd.read_csv(table)
+    rows = pd.read_csv(table, dtype={"category": str})  # some are called 01
     for text in rows.get(_COLUMN, pd.Series([""])).fillna("").unique():
         before = json.loads(text or "{}")
         differing = [name for name in settings if before.get(name) != settings[name]]

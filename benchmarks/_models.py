@@ -37,8 +37,9 @@ def flat(side: int) -> torch.Tensor:
 def fill_template(model: TwoStageSuperpixelModel, side: int, count: int = 300) -> None:
     """Give the model the template of that many good images of that size; time does not depend on what they show."""
     if isinstance(model.template, FeatureTemplate):
+        seen, _ = model.template.magnified_size(side, side)
         for statistics, stride in zip(model.template.statistics, (8, 8, 16), strict=False):
-            statistics.mean = torch.randn(len(statistics.middle), math.ceil(side / stride), math.ceil(side / stride))
+            statistics.mean = torch.randn(len(statistics.middle), math.ceil(seen / stride), math.ceil(seen / stride))
         for memory in model.template.memories:
             memory.patches = torch.randn(memory.size, memory.patches.shape[1])
             memory.sources = torch.zeros(memory.size, dtype=torch.int64)

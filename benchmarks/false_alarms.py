@@ -9,9 +9,9 @@ r"""Measure how many fresh good images are called defective, against the rate th
 A model learns from half of a category's good training images. The other half, which it does not see, is split at random
 into images that give the threshold and fresh ones that it is measured on, a thousand times, since one split of so few
 images says little. Each threshold is `good_image_threshold`'s, as `MidwayPostProcessor(false_alarm_rate=...)` takes it,
-once from all images of the first part, once from 30 of them, and as anomalib has it, the highest score of three: what a
-`Folder` of 30 good images keeps for validation. Then all of the held-out images give the threshold, and the data set's
-own test images are measured, good and defective ones.
+once from all images of the first part, once from 30 of them if there are so many, and as anomalib has it, the highest
+score of three: what a `Folder` of 30 good images keeps for validation. Then all of the held-out images give the
+threshold, and the data set's own test images are measured, good and defective ones.
 
 Scores of one training go to OUT_scores.csv as soon as they are there, and a training that has its scores is skipped, so
 the command can be interrupted and repeated. OUT.md gets the tables, in percent.
@@ -72,7 +72,7 @@ def main() -> None:
             rows += [{"category": category, **row} for row in train_and_score(arguments, category)]
             write_rows(table, rows, settings, float_format="%.9g")
     report = describe(arguments, pd.DataFrame(rows))
-    arguments.out.with_suffix(".md").write_text(report)
+    Path(f"{arguments.out}.md").write_text(report)
     print(report)
 
 
@@ -164,8 +164,9 @@ def measure(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
         (f"Fresh images called defective, in percent, with the threshold from {FEW} images", FEW, 0),
     ):
         for rate in RATES:
-            alarms = rates_of_splits(held_out, orders, half, count, rate)[:, column]
-            cells[title, f"{100 * rate:.0f} %"] = spread(alarms)
+            cells[title, f"{100 * rate:.0f} %"] = (
+                spread(rates_of_splits(held_out, orders, half, count, rate)[:, column]) if count <= half else "-"
+            )
     highest = rates_of_splits(held_out, orders, half, STOCK, 1 / (STOCK + 1))[:, 0]
     cells[title, f"as anomalib: the highest of {STOCK}"] = spread(highest)
     title = "Test images called defective, good and defective, with the threshold from all held-out images"

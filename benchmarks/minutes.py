@@ -29,18 +29,18 @@ def main() -> None:
     options.add_argument("--category", required=True)
     options.add_argument("--out", type=Path, required=True, help="path of the results without suffix")
     arguments = options.parse_args()
-    rows = pd.concat([pd.read_csv(path) for path in arguments.tables], ignore_index=True)
+    rows = pd.concat([pd.read_csv(path, dtype={"category": str}) for path in arguments.tables], ignore_index=True)
     rows = final_rows(choose(rows, category=[arguments.category])).sort_values(["label", _SECONDS])
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(arguments.out.with_suffix(".csv"), index=False)
-    arguments.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+    rows.to_csv(f"{arguments.out}.csv", index=False)
+    Path(f"{arguments.out}.md").write_text(table(rows), encoding="utf-8")
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for label, own in rows.groupby("label", sort=False):
         axis.plot(own[_SECONDS] / 60, own["pixel AP"], "o-", label=label)
     axis.set(xlabel="minutes of training", ylabel=f"pixel AP, {arguments.category}", ylim=(0, 1))
     axis.set_xlim(left=0)
     axis.legend()
-    figure.savefig(arguments.out.with_suffix(".png"), dpi=80)
+    figure.savefig(f"{arguments.out}.png", dpi=80)
     print(table(rows))
 
 

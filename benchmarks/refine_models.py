@@ -33,6 +33,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer, seed_everything
 
 from anomalib_twostage import SuperpixelPostProcessor
+from anomalib_twostage.benchmark.summary import spread
 
 METRICS = ("pixel AUROC", "pixel AP", "AUPRO", "image AUROC of the peak", "pixel F1")
 MODELS = ("Padim", "Patchcore", "Draem")
@@ -59,7 +60,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    table = arguments.out.with_suffix(".csv")
+    table = Path(f"{arguments.out}.csv")
     names = ("image_size", "segment_size", "compactness", "blends", "max_steps")
     settings = {name: getattr(arguments, name) for name in names}
     rows = read_rows(table, settings)
@@ -81,8 +82,9 @@ def main() -> None:
         rows += [{**run, "map": kind, **metrics} for kind, metrics in results.items()]
         write_rows(table, rows, settings)
         print(pd.DataFrame(rows[-len(results) :]).to_string(index=False), flush=True)
-    arguments.out.with_suffix(".md").write_text(summary(pd.DataFrame(rows)))
-    print(arguments.out.with_suffix(".md").read_text())
+    report = summary(pd.DataFrame(rows))
+    Path(f"{arguments.out}.md").write_text(report)
+    print(report)
 
 
 def datamodule(name: str, root: str | None, category: str) -> AnomalibDataModule:
@@ -166,10 +168,7 @@ def summary(rows: pd.DataFrame) -> str:
     """Markdown table: mean over the seeds, with the standard deviation behind it where there are several."""
     lines = ["| category | model | map | " + " | ".join(METRICS) + " |", "|---" * (len(METRICS) + 3) + "|"]
     for (category, model, kind), group in rows.groupby(["category", "model", "map"], sort=False):
-        cells = []
-        for metric in METRICS:
-            spread = f" ± {group[metric].std():.3f}" if len(group) > 1 else ""
-            cells.append(f"{group[metric].mean():.3f}{spread}")
+        cells = [spread(group[metric]) for metric in METRICS]
         lines.append(f"| {category} | {model} | {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

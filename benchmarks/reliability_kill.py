@@ -108,7 +108,7 @@ def main() -> None:
             sys.exit((folders[0] / "log.txt").read_text()[-3000:])
         whole = torch.load(folders[0] / "weights.pt", weights_only=True)
         random.seed(0)
-        left_over = 0
+        left_over, different = 0, False
         for folder in folders[1:]:
             kills = []
             while len(kills) < options.kills:
@@ -118,6 +118,8 @@ def main() -> None:
                     time.sleep(0.01)
                 time.sleep(random.uniform(0, 0.5))
                 if process.poll() is not None:
+                    if process.returncode != 0:
+                        sys.exit((folder / "log.txt").read_text()[-3000:])
                     break
                 process.send_signal(signal.SIGKILL)
                 process.wait()
@@ -130,11 +132,14 @@ def main() -> None:
             weights = torch.load(folder / "weights.pt", weights_only=True)
             same = all(torch.equal(value, weights[name]) for name, value in whole.items())
             results = [(path / "results.json").read_text() for path in (folders[0], folder)]
+            different |= not same or results[0] != results[1]
             print(
                 f"{folder.name}: killed {len(kills)} times, newest checkpoint of epoch {kills} of {EPOCHS}; "
                 f"weights equal: {same}; metrics equal: {results[0] == results[1]}"
             )
         print(f"unfinished files left beside the checkpoints: {left_over}; {results[0]}")
+        if different:
+            sys.exit("Error: a training that was killed ended differently from the one that was left alone.")
 
 
 if __name__ == "__main__":

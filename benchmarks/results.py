@@ -6,7 +6,8 @@
 One row per (category, seed, map) goes to OUT.csv as soon as it is measured, and a run that has its rows is skipped, so
 the command can be interrupted and repeated. OUT.md gets the table of means and spreads, OUT_<category>.png the
 stages of the first seed's model on the images that it found best and worst by pixel AP, and on the good ones with the
-lowest and the highest score. Further options go to `anomalib train` as they are.
+lowest and the highest score. Further options go to `anomalib train` as they are; what the data are, but for their
+folder, has to be in the configuration.
 """
 
 import argparse
@@ -31,21 +32,30 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.benchmark.measure import as_the_model_sees, quality
+from anomalib_twostage.benchmark.summary import MEAN, over_categories, spread
 from anomalib_twostage.benchmark.table import METRICS
 
 MAPS = ("memory", "stage one", "superpixel mean", "without stage two", "final")  # as far as a model has them
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("config", type=Path, help="configuration of `anomalib train` with model, data and trainer")
     parser.add_argument("--categories", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--data.root", dest="root", help="folder of the data, by default the configuration's")
     parser.add_argument("--out", type=Path, required=True, help="path of the results without suffix")
     arguments, options = parser.parse_known_args()
+    for option in options:
+        if option.startswith("--data"):
+            parser.error(
+                f"{option}: write what the data are into the configuration, to be trained and measured on alike"
+            )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    table = arguments.out.with_suffix(".csv")
-    settings = {"config": yaml.safe_load(arguments.config.read_text()), "options": without_root(options)}
+    table = Path(f"{arguments.out}.csv")
+    settings = {"config": yaml.safe_load(arguments.config.read_text()), "options": options}
     rows = read_rows(table, settings)
     for category in arguments.categories:
         for seed in arguments.seeds:
@@ -53,12 +63,13 @@ def main() -> None:
                 continue
             print(f"{category}, seed {seed}: training", flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                command = train_command(arguments.config, category, seed, Path(folder), options)
+                where = ["--data.root", arguments.root] if arguments.root is not None else []
+                command = train_command(arguments.config, category, seed, Path(folder), [*options, *where])
                 start = time.perf_counter()
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 seconds = time.perf_counter() - start
                 model = load(Path(folder))
-                data = datamodule(arguments.config, category, options)
+                data = datamodule(arguments.config, category, arguments.root)
                 measured = measure(model, data)
                 common = {"category": category, "seed": seed, "train and test seconds": round(seconds)}
                 added = [{**common, "map": name, **measured[name]} for name in MAPS if name in measured]
@@ -68,16 +79,9 @@ def main() -> None:
                 if seed == arguments.seeds[0]:
                     picture = arguments.out.with_name(f"{arguments.out.name}_{category}.png")
                     draw(model, data, picture)
-    arguments.out.with_suffix(".md").write_text(summary(pd.DataFrame(rows)))
-    print(arguments.out.with_suffix(".md").read_text())
-
-
-def without_root(options: list[str]) -> list[str]:
-    """The options without the folder of the data, which may move."""
-    if "--data.root" not in options:
-        return options
-    place = options.index("--data.root")
-    return options[:place] + options[place + 2 :]
+    report = summary(pd.DataFrame(rows))
+    Path(f"{arguments.out}.md").write_text(report)
+    print(report)
 
 
 def train_command(config: Path, category: str, seed: int, folder: Path, options: list[str]) -> list[str]:
@@ -91,12 +95,12 @@ def load(folder: Path) -> TwoStageSuperpixel:
     return TwoStageSuperpixel.load_from_checkpoint(checkpoint, map_location="cpu").eval()
 
 
-def datamodule(config: Path, category: str, options: list[str]) -> AnomalibDataModule:
-    """The data of the configuration; of the command's options only `--data.root` matters here."""
+def datamodule(config: Path, category: str, root: str | None) -> AnomalibDataModule:
+    """The data of the configuration, in its folder or in another."""
     data: dict[str, Any] = yaml.safe_load(config.read_text())["data"]
     data.setdefault("init_args", {})["category"] = category
-    if "--data.root" in options:
-        data["init_args"]["root"] = options[options.index("--data.root") + 1]
+    if root is not None:
+        data["init_args"]["root"] = root
     module = get_datamodule(data)
     module.prepare_data()
     module.setup()
@@ -164,14 +168,10 @@ def summary(rows: pd.DataFrame) -> str:
     order = list(dict.fromkeys(rows["category"]))
     groups: list[tuple[str, pd.DataFrame]] = [(name, rows[rows["category"] == name]) for name in order]
     if len(groups) > 1:
-        groups.append(("**mean**", rows.groupby(["seed", "map"], as_index=False)[list(METRICS)].mean()))
+        groups.append((MEAN, over_categories(rows.assign(label=""))))
     for category, group in groups:
         for name in (name for name in MAPS if name in set(group["map"])):
-            cells = []
-            for metric in METRICS:
-                values = group.loc[group["map"] == name, metric]
-                spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
-                cells.append(f"{values.mean():.3f}{spread}")
+            cells = [spread(group.loc[group["map"] == name, metric]) for metric in METRICS]
             lines.append(f"| {category} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

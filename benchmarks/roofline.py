@@ -4,7 +4,8 @@
     python benchmarks/roofline.py --out results/roofline.md
 
 Counts the floating-point operations of convolutions and matrix products with `torch.utils.flop_counter` (a multiply-add
-is two), and divides by the time of the whole forward. "Networks" are the two U-Nets without what lies between them.
+is two), and divides by the time of the whole forward. "Networks" are the backbone, if there is one, and both stages,
+without what lies between them.
 The peak is the best of the rounds of a product of two 2048 x 2048 matrices (8192 on a GPU), in float32.
 """
 
@@ -19,6 +20,7 @@ from _timing import Report, interleave, parse, parser
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_twostage import TwoStageSuperpixelModel
+from anomalib_twostage.model.feature_model import FeatureTemplate
 from anomalib_twostage.model.variants import VARIANTS
 
 SIDE = 256
@@ -54,9 +56,18 @@ def main() -> None:
         report.row(name, work[name] / 1e9, milliseconds, rate, f"{rate / peak:.0%}")
 
 
+@torch.inference_mode()
 def networks(model: TwoStageSuperpixelModel, image: torch.Tensor) -> Callable[[], object]:
-    first, second = (image.repeat(1, 4, 1, 1)[:, : part.in_channels] for part in (model.stage_one, model.stage_two))
-    return lambda: (model.stage_one(first), model.stage_two(second))
+    """The networks alone, on what they are given when the model looks at an image."""
+    parts: list[torch.nn.Module] = [model.stage_one, model.stage_two]
+    if isinstance(model.template, FeatureTemplate):
+        parts.append(model.template.backbone)
+    calls: list[tuple[torch.nn.Module, tuple[torch.Tensor, ...]]] = []
+    watches = [part.register_forward_pre_hook(lambda part, given: calls.append((part, given))) for part in parts]
+    model(image)
+    for watch in watches:
+        watch.remove()
+    return lambda: [part(*given) for part, given in calls]
 
 
 def operations(function: Callable[[], object]) -> int:

@@ -13,7 +13,7 @@ anomalib depends on opencv-python-headless, so keep the other one apart:
 
 All weigh position by 10 against CIELAB colour (OpenCV in its 8-bit form), in their default number of rounds: 2 for
 ours, 10 for the others. Theirs run with and without enforced connectivity. Quality is measured as in
-tests/test_slic.py: mean over six photographs of 240 x 240 pixels.
+tests/superpixels/test_slic.py: mean over six photographs of 240 x 240 pixels.
 """
 
 import sys
@@ -30,7 +30,7 @@ from anomalib_twostage import Slic
 from anomalib_twostage.superpixels.color import rgb_to_lab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.test_slic import CROPS, boundary_recall, crop, explained_variation, undersegmentation_error
+from tests.superpixels.test_slic import CROPS, boundary_recall, crop, explained_variation, undersegmentation_error
 
 SIDE = 256
 BATCH = 8

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from anomalib_twostage import TwoStageSuperpixel
 from anomalib_twostage.benchmark.table import FINAL, ResultsTable, Row, RunKey
+from anomalib_twostage.common.files import written_whole
 from anomalib_twostage.model.variants import VARIANTS
 
 KINDS = ("reduced", "zoom", "outright")
@@ -50,7 +51,7 @@ def main() -> None:
     )
     options.add_argument("--max_steps", type=int, default=600)
     options.add_argument("--precision", default="32-true", help="bf16-mixed where the processor has it")
-    options.add_argument("--accelerator", default="cpu")
+    options.add_argument("--accelerator", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--out", type=Path, default=Path("results/zoom.csv"))
     arguments = options.parse_args()
@@ -85,8 +86,9 @@ def label(kind: str, arguments: argparse.Namespace) -> str:
     return name + (f", {windows} windows" if kind == "zoom" and windows != 8 else "")
 
 
-def weights_file(folder: Path, kind: str, magnification: float, category: str, seed: int) -> Path:
-    return folder / f"{kind}-{magnification:g}-{category}-{seed}.pt"
+def weights_file(folder: Path, kind: str, zoom: int, magnification: float, category: str, seed: int) -> Path:
+    name = kind if kind == "outright" else f"{kind}-{zoom}"
+    return folder / f"{name}-{magnification:g}-{category}-{seed}.pt"
 
 
 def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -105,7 +107,8 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
         visualizer=False,
         evaluator=False,
     )
-    weights = weights_file(arguments.out.with_suffix(""), kind, arguments.magnification, key.category, key.seed)
+    kept_in = arguments.out.with_suffix("")
+    weights = weights_file(kept_in, kind, arguments.zoom, arguments.magnification, key.category, key.seed)
     kept = torch.load(weights, weights_only=True) if weights.exists() else {}
     asked = {"steps": arguments.max_steps, "precision": arguments.precision}
     if all(kept.get(name) == value for name, value in asked.items()):
@@ -114,7 +117,8 @@ def train_and_measure(key: RunKey, kind: str, arguments: argparse.Namespace) -> 
         seconds = train(model, data, arguments)
         kept = {**asked, "weights": model.state_dict(), "seconds": seconds, "threads": arguments.threads}
         weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(kept, weights)
+        with written_whole(weights) as partial:
+            torch.save(kept, partial)
     model.to(arguments.accelerator).eval()
     batches = folder(arguments.root / key.category)  # one that no engine has seen keeps its masks as they are
     batches.setup()
@@ -166,6 +170,7 @@ def train(model: TwoStageSuperpixel, data: Folder, arguments: argparse.Namespace
     engine = Engine(
         max_steps=arguments.max_steps,
         accelerator=arguments.accelerator,
+        devices=1,
         precision=arguments.precision,
         logger=False,
         enable_progress_bar=False,

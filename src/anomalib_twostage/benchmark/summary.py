@@ -5,7 +5,7 @@ import pandas as pd
 
 from .table import FINAL, METRICS
 
-__all__ = ["MEAN", "cost_table", "final_rows", "over_categories", "quality_table"]
+__all__ = ["MEAN", "cost_table", "final_rows", "over_categories", "quality_table", "spread"]
 
 MEAN = "**mean**"
 _COSTS = {
@@ -39,7 +39,7 @@ def quality_table(rows: pd.DataFrame) -> str:
         groups.append((MEAN, over_categories(rows)))
     for category, group in groups:
         for (label, name), cell in group.groupby(["label", "map"], sort=False):
-            metrics = [_spread(cell[metric]) for metric in METRICS]
+            metrics = [spread(cell[metric]) for metric in METRICS]
             lines.append(f"| {' | '.join([str(category), str(label), str(name), str(len(cell)), *metrics])} |")
     return "\n".join(lines) + "\n"
 
@@ -84,7 +84,8 @@ def over_categories(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[complete].groupby(["label", "map", "seed"], sort=False)[list(METRICS)].mean().reset_index()
 
 
-def _spread(values: pd.Series) -> str:
+def spread(values: pd.Series) -> str:
+    """Mean ± sample standard deviation in Markdown; the mean alone of one value, a dash of none."""
     values = pd.to_numeric(values)
     text = _cell("{:.3f}", values.mean())
     return f"{text} ± {values.std():.3f}" if values.count() > 1 else text

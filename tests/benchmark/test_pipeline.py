@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.pipelines.components.base import pipeline as anomalib_pipeline
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -30,6 +31,18 @@ from tests.integration.conftest import SIZE, write_dataset
 
 STEPS = 4
 MODELS = ("ours", "narrow Draem")
+
+
+class Waits(Callback):
+    """Thirty seconds pass before the first step, and three in each."""
+
+    clock = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Waits.clock += 30
+
+    def on_train_batch_end(self, *arguments: object) -> None:
+        Waits.clock += 3
 
 
 @pytest.fixture(autouse=True)
@@ -258,13 +271,25 @@ def test_seconds_become_steps_of_a_timed_training(config: Path, monkeypatch: pyt
 
     def train(settings: worker.RunSettings, steps: int, report: Callable[[int], None]) -> worker._Trained:
         asked.append(steps)
-        # The first steps take a second each, later ones half.
-        seconds = steps * (1.0 if len(asked) == 1 else 0.5)
-        return worker._Trained(None, None, torch.device("cpu"), "32", steps, 2, steps * 3, seconds)  # type: ignore[arg-type]
+        # Twenty seconds pass before the first step. The first steps take a second each, later ones half.
+        seconds = 20 + steps * (1.0 if len(asked) == 1 else 0.5)
+        device = torch.device("cpu")
+        return worker._Trained(None, None, device, "32", steps, 2, steps * 3, seconds, 20)  # type: ignore[arg-type]
 
     monkeypatch.setattr(worker, "_train", train)
-    assert worker._affordable_steps(settings, 100.0, lambda *_: None) == 200
+    assert worker._affordable_steps(settings, 100.0, lambda *_: None) == 160
     assert asked[1] == 10  # no more than a tenth of the time, and no more than two epochs, but ten
+
+
+@pytest.mark.integration
+def test_time_before_the_first_step_is_told_apart(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single callback, as the command line makes it, is taken too."""
+    settings = planned(config, "--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--labels", "ours")[0]
+    settings["trainer"]["callbacks"] = {"class_path": f"{__name__}.Waits"}
+    Waits.clock = 0.0
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: Waits.clock))
+    trained = worker._train(settings, 2, lambda _: None)
+    assert (trained.seconds_before, trained.seconds) == (30.0, 36.0)
 
 
 @pytest.mark.integration

@@ -122,6 +122,7 @@ class _Trained:
     batches_per_epoch: int
     images: int
     seconds: float
+    seconds_before: float  # of these, before the first step
 
 
 class _Meter(Callback):
@@ -130,12 +131,20 @@ class _Meter(Callback):
     def __init__(self, report: Callable[[int], None]) -> None:
         self.report = report
         self.images = 0
-        self.seconds = 0.0
+        self.seconds = self.seconds_before = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         del trainer
         synchronize(pl_module.device)
         self.start = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int
+    ) -> None:
+        del trainer, batch, batch_idx
+        if not self.images:
+            synchronize(pl_module.device)
+            self.seconds_before = time.perf_counter() - self.start
 
     def on_train_batch_end(
         self,
@@ -169,7 +178,8 @@ def _train(settings: RunSettings, steps: int, report: Callable[[int], None]) -> 
         arguments["devices"] = 1  # of several GPUs Lightning would take all
     meter = _Meter(report)
     # A checkpoint callback that saves nothing keeps the engine from adding one that saves after every epoch.
-    callbacks = [*arguments.pop("callbacks", []), ModelCheckpoint(save_top_k=0), meter]
+    given = arguments.pop("callbacks", [])
+    callbacks = [*(given if isinstance(given, list) else [given]), ModelCheckpoint(save_top_k=0), meter]
     with TemporaryDirectory() as folder:
         arguments |= {
             "max_steps": steps,
@@ -190,6 +200,7 @@ def _train(settings: RunSettings, steps: int, report: Callable[[int], None]) -> 
         batches_per_epoch=int(trainer.num_training_batches),
         images=meter.images,
         seconds=meter.seconds,
+        seconds_before=meter.seconds_before,
     )
 
 
@@ -197,15 +208,17 @@ def _affordable_steps(settings: RunSettings, seconds: float, progress: Progress)
     """Optimiser steps that take about so many seconds, judged by a short training of the same kind.
 
     The short training is a whole run, so a model that shares out its run between stages shares out this one too, and
-    its mean step is the long run's. A yet shorter one goes before it, because the first steps of a process are slow.
+    its mean step is the long run's; what comes before the first step, however many follow, is taken off. A yet shorter
+    one goes before it, because the first steps of a process are slow.
     """
     cold = _train(settings, _COLD_STEPS, lambda step: progress("warming up", step, _COLD_STEPS))
     if cold.steps == 0:  # a model that does not train
         return _COLD_STEPS
-    affordable = int(_TIMED_SHARE * seconds * cold.steps / cold.seconds)
+    affordable = int(_TIMED_SHARE * seconds * cold.steps / (cold.seconds - cold.seconds_before))
     timed_steps = max(_FEWEST_TIMED_STEPS, min(affordable, 2 * cold.batches_per_epoch))
     timed = _train(settings, timed_steps, lambda step: progress("timing", step, timed_steps))
-    return max(2, round(seconds * timed.steps / timed.seconds))
+    stepping = timed.seconds - timed.seconds_before
+    return max(2, round((seconds - timed.seconds_before) * timed.steps / stepping))
 
 
 def _peak_memory_mib(device: torch.device) -> float | None:

@@ -76,7 +76,7 @@ def test_fresh_images_give_no_threshold() -> None:
     rows = [{"part": "held out", "score": i / 20, "peak": i / 20} for i in range(20)]
     rows += [{"part": f"test, {truth}", "score": 0.5, "peak": 0.5} for truth in ("good", "defective")]
     cells = false_alarms.measure(pd.DataFrame(rows))
-    few = [cell for (title, _), cell in cells.items() if "from 30 images" in title and "as anomalib" not in _]
+    few = [cell for (title, line), cell in cells.items() if "from 30 images" in title and line.endswith("%")]
     assert few == ["-"] * len(false_alarms.RATES)
     rows += [{"part": "held out", "score": i / 20, "peak": i / 20} for i in range(40)]
     cells = false_alarms.measure(pd.DataFrame(rows))
